@@ -1,0 +1,70 @@
+"""Every operator of the library on one screen: its schema, its implementations, its fake.
+
+Operators are defined here and called from each op's autograd.py; `torch.compile` sees one node for
+each. An implementation is chosen inside the node, so a compiled graph follows `use_backend` too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sra_kernels import backend, native
+
+SCHEMAS = {
+    "span_com_forward": "(Tensor hidden, Tensor spans, Tensor? weights, bool wide_com) "
+    "-> (Tensor, Tensor)",
+    "span_com_backward": "(Tensor grad_com, Tensor grad_mass, Tensor spans, Tensor? weights, "
+    "Tensor mass, Tensor? hidden, Tensor? com, SymInt tokens, bool need_hidden, "
+    "bool need_weights) -> (Tensor, Tensor)",
+    "span_kl_forward": "(Tensor student_logits, Tensor teacher_logits, Tensor? student_ids, "
+    "Tensor? teacher_ids, float temperature, str direction, float? beta, str outside, "
+    "bool need_mass, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    "span_kl_backward": "(Tensor grad_kl, Tensor grad, ScalarType dtype) -> Tensor",
+}
+
+_library = torch.library.Library("sra_kernels", "DEF")
+ops = torch.ops.sra_kernels
+
+
+def _implementation(op: str, function: str) -> Callable[..., Any]:
+    portable = importlib.import_module(f"sra_kernels.{op}.portable")
+
+    def run(*args: Any) -> Any:
+        name, _ = backend.select(op, args[0].device)
+        return getattr(native if name == "cpu" else portable, function)(*args)
+
+    return run
+
+
+def _guard(op: str, function: str) -> Callable[..., Any]:
+    """Without this, autograd would trace through the Python body of a raw operator."""
+    overload = getattr(torch.ops.sra_kernels, function).default
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(
+                f"torch.ops.sra_kernels.{function} has no gradient of its own. "
+                f"Call sra_kernels.{op} instead."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    return run
+
+
+def _register() -> None:
+    for function, schema in SCHEMAS.items():
+        op = function.removesuffix("_forward").removesuffix("_backward")
+        _library.define(function + schema)
+        _library.impl(function, _implementation(op, function), "CompositeExplicitAutograd")
+        _library.impl(function, _guard(op, function), "Autograd")
+        fake = importlib.import_module(f"sra_kernels.{op}.fake")
+        torch.library.register_fake(f"sra_kernels::{function}", getattr(fake, function))
+
+
+_register()

@@ -1,0 +1,95 @@
+"""Ragged inputs, error bounds and poisoned memory: shared by tests/ and benchmarks/."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# An error of ours may be this many times that of plain torch in the same dtype, both against
+# float64, plus a floor of a few roundings of the largest value.
+TIMES_TORCH = 1.5
+ROUNDINGS = {torch.float64: 1024, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
+
+
+def ragged_spans(lengths: list[int], gap: int = 0, offset: int = 0) -> Tensor:
+    """``[S, 2]`` spans of these lengths, `gap` rows apart (negative: overlapping)."""
+    spans, begin = [], offset
+    for n in lengths:
+        spans.append([begin, begin + n])
+        begin += max(n + gap, 0)
+    return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+
+
+# Lengths as they fall in real text: 94 % of spans are one token on each side (p99 is 3).
+def real_lengths(count: int, generator: torch.Generator | None = None) -> list[int]:
+    u = torch.rand(count, generator=generator)
+    return (1 + (u > 0.94).int() + (u > 0.985).int() + (u > 0.997).int()).tolist()
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference, in float64; NaN counts as infinite."""
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shape {[*actual.shape]} instead of {[*exact.shape]}")
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.detach().double() - exact.detach().double()).abs()
+    return float(torch.where(difference.isnan(), torch.inf, difference).max())
+
+
+def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, exact: Tensor, what: str = "") -> None:
+    """Three-way bound: |ours - exact| <= 1.5 |torch - exact| + a few roundings."""
+    size = float(exact.detach().abs().max()) if exact.numel() else 0.0
+    floor = ROUNDINGS[ours.dtype] * torch.finfo(ours.dtype).eps * size
+    bound = TIMES_TORCH * error(torchs, exact) + floor
+    got = error(ours, exact)
+    if not got <= bound:
+        raise AssertionError(
+            f"{what}: error {got:.3e} against float64 is above the bound {bound:.3e} "
+            f"(torch in {ours.dtype}: {error(torchs, exact):.3e}, largest value {size:.3e})"
+        )
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill what torch.empty and its kin hand out with NaN, so that a missed write shows."""
+
+    def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            out = function(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return run
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+
+
+class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the largest tensor that any operation inside makes, in elements.
+
+    >>> with LargestAllocation() as seen:
+    ...     op(...)
+    >>> seen.numel
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.numel() > self.numel:
+                self.numel = x.untyped_storage().nbytes() // x.element_size()
+        return out
