@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_BLANK = re.compile(r"\s")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -140,10 +141,6 @@ class ByteTokenizer:
         return table
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.fromiter(map(len, self.token_bytes), np.int64, len(self.token_bytes))
-
-    @cached_property
     def _is_special(self) -> np.ndarray:
         table = np.zeros(len(self.token_bytes), bool)
         table[list(self._special_ids)] = True
@@ -152,70 +149,71 @@ class ByteTokenizer:
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> TokenBytes:
         """Tokenise `text`. Never raises on text; lone surrogates count as U+FFFD."""
         text = clean_text(text)
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         raw = text.encode()
-        ids = np.array(encoding.ids, np.int64)
-        lengths = self._lengths[ids]
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        listed = encoding.ids
+        ids = np.array(listed, np.int64)
         special = self._is_special[ids]
+        pieces = list(map(self.token_bytes.__getitem__, listed))
         if add_special_tokens:
-            added = np.array(encoding.special_tokens_mask, bool)
-            special |= added
-            lengths[added] = 0
-        spelt = b"".join(
-            [self.token_bytes[i] for i, n in zip(encoding.ids, lengths, strict=True) if n]
-        )
-        # A tokenizer that marks word starts puts a space before the text that is not in it.
-        dummy = len(spelt) - len(raw)
-        if dummy in (0, 1) and spelt.endswith(raw) and spelt[:dummy] in (b"", b" "):
-            ends = np.maximum(lengths.cumsum() - dummy, 0)
-            return TokenBytes(ids, np.maximum(ends - lengths, 0), ends, special)
-        starts, ends = self._from_offsets(encoding, text, raw, lengths)
-        return TokenBytes(ids, starts, ends, special)
+            added = encoding.special_tokens_mask
+            special |= np.array(added, bool)
+            pieces = [b"" if mask else piece for mask, piece in zip(added, pieces, strict=True)]
+        ends = _spelt_ends(pieces, raw)
+        if ends is not None:
+            return TokenBytes(ids, np.append(0, ends[:-1])[: len(ids)], ends, special)
+        return TokenBytes(ids, *_ends_from_offsets(encoding.offsets, pieces, text, raw), special)
 
-    def _from_offsets(
-        self, encoding: Any, text: str, raw: bytes, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Byte ranges of a text that its tokens do not spell byte by byte."""
-        n = len(lengths)
-        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * n)
-        low, high = offsets.reshape(n, 2).T
-        wide = np.flatnonzero(high > low)
-        low, high = low[wide], high[wide]
-        if not len(wide):
-            return np.zeros(n, np.int64), np.zeros(n, np.int64)
 
-        # Runs: maximal chains of tokens whose character ranges overlap.
-        reach = np.maximum.accumulate(high)
-        ahead = np.minimum.accumulate(low[::-1])[::-1]
-        first = np.append(0, np.flatnonzero(reach[:-1] <= ahead[1:]) + 1)
-        last = np.append(first[1:], len(wide))
-        run_low, run_high = ahead[first], reach[last - 1]
-        spoken_high = run_high.copy()
-        for run in np.flatnonzero(run_high < np.append(run_low[1:], len(text))):
-            # A mark that was composed or stripped goes with the token before; a space does not.
-            gap = text[run_high[run] : run_low[run + 1] if run + 1 < len(run_low) else None]
-            blank = re.search(r"\s", gap)
-            run_high[run] += blank.start() if blank else len(gap)
+def _spelt_ends(pieces: list[bytes], raw: bytes) -> np.ndarray | None:
+    """Where each piece ends, if the pieces spell `raw`, or `raw` behind the space that a tokenizer
+    with word-start marks puts before a text; else None."""
+    spelt = b"".join(pieces)
+    dummy = len(spelt) - len(raw)
+    if dummy not in (0, 1) or not spelt.endswith(raw) or spelt[:dummy] not in (b"", b" "):
+        return None
+    ends = np.fromiter(map(len, pieces), np.int64, len(pieces)).cumsum()
+    return np.maximum(ends - dummy, 0)
 
-        at = byte_offsets(text)
-        size = last - first
-        run_starts, run_ends, spoken_ends = at[run_low], at[run_high], at[spoken_high]
-        starts, ends = np.repeat(run_starts, size), np.repeat(run_ends, size)
-        for run in np.flatnonzero(size > 1):
-            inside = slice(first[run], last[run])
-            members = wide[inside]
-            spelt = b"".join([self.token_bytes[encoding.ids[i]] for i in members])
-            seen = raw[run_starts[run] : spoken_ends[run]]
-            dummy = len(spelt) - len(seen)
-            if dummy in (0, 1) and spelt.endswith(seen) and spelt[:dummy] in (b"", b" "):
-                inner = run_starts[run] + np.maximum(lengths[members].cumsum() - dummy, 0)
-                starts[first[run] + 1 : last[run]] = inner[:-1]
-                ends[first[run] : last[run] - 1] = inner[:-1]
 
-        # A token without text sits where the token before it ends.
-        all_ends = np.zeros(n, np.int64)
-        all_ends[wide] = ends
-        all_ends = np.maximum.accumulate(all_ends)
-        all_starts = all_ends.copy()
-        all_starts[wide] = starts
-        return np.minimum.accumulate(all_starts[::-1])[::-1], all_ends
+def _ends_from_offsets(
+    offsets: list[tuple[int, int]], pieces: list[bytes], text: str, raw: bytes
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last byte of each token of a text that its tokens do not spell byte by byte."""
+    n = len(offsets)
+    low, high = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * n).reshape(n, 2).T
+    wide = np.flatnonzero(high > low)
+    if not len(wide):
+        return np.zeros(n, np.int64), np.zeros(n, np.int64)
+
+    # Runs: maximal chains of tokens whose character ranges overlap.
+    reach = np.maximum.accumulate(high[wide])
+    ahead = np.minimum.accumulate(low[wide][::-1])[::-1]
+    first = np.append(0, np.flatnonzero(reach[:-1] <= ahead[1:]) + 1)
+    last = np.append(first[1:], len(wide))
+    run_low, run_high = ahead[first], reach[last - 1]
+
+    # A mark that was composed or stripped goes with the token before it; a space does not.
+    next_low = np.append(run_low[1:], len(text))
+    widened = run_high.copy()
+    for run in np.flatnonzero(run_high < next_low).tolist():
+        gap = text[run_high[run] : next_low[run]]
+        blank = _BLANK.search(gap)
+        widened[run] += blank.start() if blank else len(gap)
+
+    at = byte_offsets(text)
+    size = last - first
+    starts, ends = np.repeat(at[run_low], size), np.repeat(at[widened], size)
+    members, bounds = wide.tolist(), np.stack([first, last, at[run_low], at[run_high]], 1)
+    for begin, end, left, right in bounds[size > 1].tolist():
+        inner = _spelt_ends([pieces[i] for i in members[begin:end]], raw[left:right])
+        if inner is not None:
+            ends[begin : end - 1] = starts[begin + 1 : end] = left + inner[:-1]
+
+    # A token without text sits where the token before it ends.
+    all_ends = np.zeros(n, np.int64)
+    all_ends[wide] = ends
+    all_ends = np.maximum.accumulate(all_ends)
+    all_starts = all_ends.copy()
+    all_starts[wide] = starts
+    return np.minimum.accumulate(all_starts[::-1])[::-1], all_ends
