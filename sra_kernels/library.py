@@ -15,6 +15,13 @@ from torch import Tensor
 
 from sra_kernels import backend, native
 
+_LINEAR = (
+    "Tensor student, Tensor student_head, Tensor? student_bias, Tensor teacher, "
+    "Tensor teacher_head, Tensor? teacher_bias, Tensor? student_ids, Tensor? teacher_ids, "
+    "Tensor? span_weights, float? student_scale, float? student_softcap, float? teacher_scale, "
+    "float? teacher_softcap, float temperature, str direction, float? beta, str outside"
+)
+
 SCHEMAS = {
     "span_com_forward": "(Tensor hidden, Tensor spans, Tensor? weights, bool wide_com) "
     "-> (Tensor, Tensor)",
@@ -25,6 +32,10 @@ SCHEMAS = {
     "Tensor? teacher_ids, float temperature, str direction, float? beta, str outside, "
     "bool need_mass, bool need_grad) -> (Tensor, Tensor, Tensor)",
     "span_kl_backward": "(Tensor grad_kl, Tensor grad, ScalarType dtype) -> Tensor",
+    "linear_span_kl_forward": f"({_LINEAR}, bool need_mass, bool need_student, bool need_head, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_span_kl_backward": f"(Tensor grad_kl, {_LINEAR}, bool need_student, bool need_head, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor)",
 }
 
 _library = torch.library.Library("sra_kernels", "DEF")

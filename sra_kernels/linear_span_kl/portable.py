@@ -1,0 +1,240 @@
+"""`linear_span_kl` in torch operations: chunks of spans, so that no whole [S, V] tensor exists.
+
+For each chunk: two matrix products give its logits; `compare` (of span_kl) turns the student's into
+their gradient in place, with every factor folded in; two more products give the gradients of the
+student's states and of its head. Heads are cut to the shared rows once, where those suffice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sra_kernels import check
+from sra_kernels.span_kl.options import Vocab
+from sra_kernels.span_kl.portable import BLOCK_BUFFERS, block_rows, check_ids, compare, saved_dtype
+
+CHUNK_BYTES = 64 << 20  # the chunk's logits of both sides
+# Each chunk adds to the whole head's gradient: with fewer rows than this, that would be the cost.
+MIN_ROWS = 64
+
+
+class Side(NamedTuple):
+    """One model's part: its states, its head (cut to the rows in use), and what follows it."""
+
+    hidden: Tensor
+    head: Tensor
+    bias: Tensor | None
+    scale: float | None
+    softcap: float | None
+
+    def logits(self, rows: slice) -> Tensor:
+        hidden = computable(self.hidden[rows])
+        if self.bias is None:
+            return hidden @ self.head.T
+        return torch.addmm(self.bias, hidden, self.head.T)
+
+    def finish(self, logits: Tensor, temperature: float) -> Tensor:
+        """Scale, softcap and temperature, in place."""
+        if self.scale is not None:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits.div_(temperature)
+
+    def unfinish(self, grad: Tensor, finished: Tensor, temperature: float) -> Tensor:
+        """From the gradient of the finished logits to that of the product, in place."""
+        grad.div_(temperature)
+        if self.softcap is not None:
+            capped = finished * (temperature / self.softcap)
+            grad.mul_(capped.square_().neg_().add_(1))
+        return grad if self.scale is None else grad.mul_(self.scale)
+
+
+def linear_span_kl_forward(
+    student: Tensor,
+    student_head: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    span_weights: Tensor | None,
+    student_scale: float | None,
+    student_softcap: float | None,
+    teacher_scale: float | None,
+    teacher_softcap: float | None,
+    temperature: float,
+    direction: str,
+    beta: float | None,
+    outside: str,
+    need_mass: bool,
+    need_student: bool,
+    need_head: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (weighted kl [S], teacher_shared_mass [S], and the gradients of the sum of the former
+    with respect to student, the head's rows in use, and its bias there). Not needed: [0]."""
+    check_ids(student_ids, len(student_head), "student")
+    check_ids(teacher_ids, len(teacher_head), "teacher")
+    check.weights_content(span_weights, "span_weights")
+    return sweep(
+        student, student_head, student_bias, teacher, teacher_head, teacher_bias, student_ids,
+        teacher_ids, span_weights, student_scale, student_softcap, teacher_scale, teacher_softcap,
+        temperature, direction, beta, outside, need_mass, need_student, need_head, need_bias,
+    )  # fmt: skip
+
+
+def linear_span_kl_backward(grad_kl: Tensor, *constants: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for any upstream gradient of the spans: the logits are made again, chunk by
+    chunk, and the upstream gradient is folded in before the products."""
+    inputs, span_weights, options = constants[:8], constants[8], constants[9:]
+    factors = grad_kl if span_weights is None else grad_kl * span_weights
+    args = [*inputs, factors, *options[:8], False, *options[8:]]
+    _, _, grad_student, grad_head, grad_bias = sweep(*args)
+    return grad_student, grad_head, grad_bias
+
+
+def sweep(
+    student: Tensor,
+    student_head: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    factors: Tensor | None,
+    student_scale: float | None,
+    student_softcap: float | None,
+    teacher_scale: float | None,
+    teacher_softcap: float | None,
+    temperature: float,
+    direction: str,
+    beta: float | None,
+    outside: str,
+    need_mass: bool,
+    need_student: bool,
+    need_head: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One pass over the chunks, with any real factor for each span."""
+    cut_student = student_ids if outside != "bucket" else None
+    cut_teacher = teacher_ids if outside == "renormalise" and not need_mass else None
+    ours = side(student, student_head, student_bias, student_scale, student_softcap, cut_student)
+    theirs = side(teacher, teacher_head, teacher_bias, teacher_scale, teacher_softcap, cut_teacher)
+    inner_student = student_ids if cut_student is None else None
+    inner_teacher = teacher_ids if cut_teacher is None else None
+
+    need_grad = need_student or need_head or need_bias
+    wide = check.accumulator(student.dtype)
+    saved = saved_dtype(student.dtype)
+    kl = student.new_empty(len(student), dtype=wide)
+    mass = kl.new_empty(len(student) if need_mass else 0)
+    grad_student = student.new_empty(student.shape if need_student else 0, dtype=saved)
+    grad_head = kl.new_zeros(ours.head.shape if need_head else 0)
+    grad_bias = kl.new_zeros(len(ours.head) if need_bias else 0)
+
+    columns = len(ours.head) + len(theirs.head)
+    step = chunk_rows(columns, ours.head.element_size())
+    block = block_rows(max(len(ours.head), len(theirs.head)), student.device)
+    for start in range(0, len(student), step):
+        rows = slice(start, start + step)
+        student_logits, teacher_logits = ours.logits(rows), theirs.logits(rows)
+        for first in range(0, len(student_logits), block):
+            inner = slice(first, first + block)
+            outer = slice(start + first, start + first + len(student_logits[inner]))
+            finished = ours.finish(student_logits[inner].to(wide, copy=True), temperature)
+            values, block_mass, grad = compare(
+                finished, theirs.finish(teacher_logits[inner].to(wide, copy=True), temperature),
+                inner_student, inner_teacher, direction, beta, outside, need_mass, need_grad,
+            )  # fmt: skip
+            # A factor of 0 takes the span out, whatever its states hold.
+            unused = None if factors is None else factors[outer] == 0
+            if factors is not None and unused is not None:
+                values = (values * factors[outer]).masked_fill_(unused, 0)
+            kl[outer] = values
+            if need_mass:
+                mass[outer] = block_mass
+            if need_grad:
+                grad = ours.unfinish(grad, finished, temperature)
+                if factors is not None and unused is not None:
+                    grad.mul_(factors[outer, None]).masked_fill_(unused[:, None], 0)
+                student_logits[inner] = grad  # rounded once, to the dtype of the products
+                if need_bias:
+                    grad_bias += grad.sum(0)
+        if need_student:
+            grad_student[rows] = student_logits @ ours.head
+        if need_head:
+            hidden = computable(student[rows])
+            if factors is not None:
+                hidden = hidden.masked_fill((factors[rows] == 0)[:, None], 0)
+            if hidden.dtype == wide:
+                grad_head.addmm_(student_logits.T, hidden)
+            else:
+                grad_head += student_logits.T @ hidden
+    return kl, mass, grad_student, grad_head.to(saved), grad_bias.to(saved)
+
+
+def plan(
+    student: Tensor,
+    student_head: Tensor,
+    teacher: Tensor,
+    teacher_head: Tensor,
+    *,
+    vocab: Vocab | None = None,
+    outside: str = "renormalise",
+    return_shared_mass: bool = False,
+    **options: Any,
+) -> tuple[str, int]:
+    """(how the work is cut, bytes above the inputs), with gradients for whatever requires them."""
+    wide, saved = check.accumulator(student.dtype).itemsize, saved_dtype(student.dtype).itemsize
+    shared = None if vocab is None else len(vocab[0])
+    cut_student = shared is not None and outside != "bucket"
+    cut_teacher = shared is not None and outside == "renormalise" and not return_shared_mass
+    ours = shared if shared is not None and cut_student else len(student_head)
+    theirs = shared if shared is not None and cut_teacher else len(teacher_head)
+    rows = max(1, min(len(student), chunk_rows(ours + theirs, saved)))
+    block = min(rows, block_rows(max(ours, theirs), student.device))
+
+    heads = ours * student.shape[1] * (cut_student or student.dtype == torch.float16)
+    heads += theirs * teacher.shape[1] * (cut_teacher or teacher.dtype == torch.float16)
+    results = 2 * wide * len(student) + student.numel() * saved * student.requires_grad
+    working = rows * (ours + theirs) * saved + block * max(ours, theirs) * wide * BLOCK_BUFFERS
+    head = ours * student.shape[1] * student_head.requires_grad
+    forward = heads * saved + results + head * wide + max(working, head * saved)
+    full = student_head.numel() * student_head.element_size() * student_head.requires_grad
+    backward = 2 * results + 2 * head * saved + full * cut_student
+    return (
+        f"chunks of {rows} spans by {ours} student and {theirs} teacher entries",
+        max(forward, backward),
+    )
+
+
+def chunk_rows(columns: int, itemsize: int) -> int:
+    return max(MIN_ROWS, CHUNK_BYTES // (columns * itemsize))
+
+
+def side(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    ids: Tensor | None,
+) -> Side:
+    if ids is not None:
+        head = head.index_select(0, ids)
+        bias = None if bias is None else bias.index_select(0, ids)
+    return Side(
+        hidden, computable(head), None if bias is None else computable(bias), scale, softcap
+    )
+
+
+def computable(x: Tensor) -> Tensor:
+    """float16 products run in float32: gradients of probabilities would underflow in float16, and
+    on a CPU its products are two orders of magnitude slower."""
+    return x.float() if x.dtype == torch.float16 else x

@@ -1,0 +1,245 @@
+"""`span_kl` in torch operations: blocks of rows, first statistics, then value and gradient.
+
+The value is Σ p φ(r) with φ(r) = eʳ − 1 − r and r = log q − log p: every term is ≥ 0, so the sum
+keeps its accuracy when the two distributions agree, and an entry with p = 0 needs no special case.
+`linear_span_kl` runs `compare` on its own chunks of logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sra_kernels import check
+
+# One float32 buffer of a block: near the L2 cache on a CPU, enough work for one launch elsewhere.
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}
+BLOCK_BUFFERS = 12  # alive at once in `compare`, at most
+
+
+def block_rows(columns: int, device: torch.device) -> int:
+    return max(1, BLOCK_BYTES.get(device.type, 2**25) // (4 * max(columns, 1)))
+
+
+def span_kl_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    temperature: float,
+    direction: str,
+    beta: float | None,
+    outside: str,
+    need_mass: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (kl [S], teacher_shared_mass [S] or [0], gradient [S, Vs] or [0])."""
+    spans, columns = student_logits.shape
+    check_ids(student_ids, columns, "student")
+    check_ids(teacher_ids, teacher_logits.shape[1], "teacher")
+    wide = check.accumulator(student_logits.dtype)
+    kl = student_logits.new_empty(spans, dtype=wide)
+    mass = kl.new_empty(spans if need_mass else 0)
+    inside = student_ids is not None and outside != "bucket"
+    grad = student_logits.new_empty(0, dtype=saved_dtype(student_logits.dtype))
+    if need_grad:  # entries outside the vocabulary that is compared stay zero
+        grad = grad.new_zeros(spans, columns) if inside else grad.new_empty(spans, columns)
+
+    step = block_rows(max(columns, teacher_logits.shape[1]), student_logits.device)
+    for start in range(0, spans, step):
+        rows = slice(start, start + step)
+        student = student_logits[rows]
+        if inside and student_ids is not None:
+            student = student.index_select(1, student_ids)
+        kl[rows], block_mass, block_grad = compare(
+            student.to(wide) / temperature,
+            teacher_logits[rows].to(wide) / temperature,
+            student_ids if outside == "bucket" else None,
+            teacher_ids,
+            direction,
+            beta,
+            outside,
+            need_mass,
+            need_grad,
+        )
+        if need_mass:
+            mass[rows] = block_mass
+        if need_grad:
+            block_grad = block_grad.mul_(1 / temperature).to(grad.dtype)
+            if inside and student_ids is not None:
+                grad[rows].index_copy_(1, student_ids, block_grad)
+            else:
+                grad[rows] = block_grad
+    return kl, mass, grad
+
+
+def span_kl_backward(grad_kl: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The saved gradient times each span's upstream gradient, out of place."""
+    out = grad.new_empty(grad.shape, dtype=dtype)
+    step = block_rows(grad.shape[1], grad.device)
+    for start in range(0, len(grad), step):
+        rows = slice(start, start + step)
+        out[rows] = grad[rows] * grad_kl[rows, None]
+    return out
+
+
+def plan(
+    student_logits: Tensor, teacher_logits: Tensor, *, outside: str = "renormalise", **options: Any
+) -> tuple[str, int]:
+    """(how the work is cut, bytes above the inputs): the value, the saved gradient, one block."""
+    (spans, columns), wider = student_logits.shape, teacher_logits.shape[1]
+    step = min(spans, block_rows(max(columns, wider), student_logits.device))
+    wide = check.accumulator(student_logits.dtype).itemsize
+    saved = saved_dtype(student_logits.dtype).itemsize
+    block = step * max(columns, wider) * wide * BLOCK_BUFFERS
+    return f"blocks of {step} spans", spans * (2 * wide + columns * saved) + block
+
+
+def compare(
+    student: Tensor,
+    teacher: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    direction: str,
+    beta: float | None,
+    outside: str,
+    need_mass: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block of rows, logits already wide and divided by the temperature.
+
+    Ids that are None mean that the columns of that side are the shared entries already. Returns
+    (kl [C], mass [C] or [0], gradient with respect to `student` as given, or [0]). The weight of
+    `outside="weight"` is in both.
+    """
+    if outside == "bucket":  # the bucket's log-sum-exp is rounded at its own size: keep that small
+        student, teacher = student - top(student), teacher - top(teacher)
+    shared = teacher if teacher_ids is None else teacher.index_select(1, teacher_ids)
+    mass = teacher.new_empty(0)
+    if need_mass or outside == "weight":
+        mass = shared_mass(teacher, shared, teacher_ids)
+    if outside == "bucket" and student_ids is not None and teacher_ids is not None:
+        student_bucket, student_share = bucket(student, student_ids)
+        teacher_bucket, _ = bucket(teacher, teacher_ids)
+        kl, classes = divergence(
+            torch.cat([student.index_select(1, student_ids), student_bucket], 1),
+            torch.cat([shared, teacher_bucket], 1),
+            direction,
+            beta,
+            need_grad,
+        )
+        if not need_grad:
+            return kl, mass, classes
+        grad = student_share.mul_(classes[:, -1:])
+        return kl, mass, grad.index_copy_(1, student_ids, classes[:, :-1])
+    kl, grad = divergence(student, shared, direction, beta, need_grad)
+    if outside == "weight":
+        kl = kl * mass
+        grad = grad.mul_(mass[:, None]) if need_grad else grad
+    return kl, mass, grad
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, direction: str, beta: float | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """KL of each row over the columns of two equal-shaped blocks, and its gradient (or [0]).
+
+    A teacher row without any finite logit has nothing to teach: 0 with zero gradient.
+    """
+    teaches = teacher.amax(1, keepdim=True) > -torch.inf
+    teacher_shift, p_t, log_t = softmax(teacher)
+    student_shift, p_s, log_s = softmax(student)
+    ratio = (student_shift - teacher_shift).sub_(log_s - log_t)  # log p_s − log p_t
+    grad = ratio.new_empty(0)
+    if direction == "forward":
+        kl = divergence_terms(p_t, p_s, ratio).sum(1)
+        if need_grad:
+            grad = p_s.sub_(p_t)
+    elif direction == "reverse":
+        ratio.neg_()
+        kl = divergence_terms(p_s, p_t, ratio).sum(1)
+        if need_grad:
+            grad = torch.where(p_s == 0, 0, p_s * -ratio.add_(kl[:, None]))
+    else:
+        assert beta is not None
+        mixture = beta * p_t + (1 - beta) * p_s
+        # log(m/s) and log(m/t): each from the side whose exponential cannot overflow.
+        from_s = torch.log1p(beta * torch.expm1(-ratio))
+        from_t = torch.log1p((1 - beta) * torch.expm1(ratio))
+        over_s = torch.where(ratio < 0, from_t - ratio, from_s)
+        over_t = torch.where(ratio < 0, from_t, from_s + ratio)
+        to_s = divergence_terms(p_s, mixture, over_s).sum(1)
+        kl = beta * divergence_terms(p_t, mixture, over_t).sum(1) + (1 - beta) * to_s
+        if need_grad:
+            grad = torch.where(p_s == 0, 0, p_s * -over_s.add_(to_s[:, None])).mul_(1 - beta)
+    if need_grad:
+        grad = grad.masked_fill_(~teaches, 0)
+    return kl.masked_fill_(~teaches[:, 0], 0), grad
+
+
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits − row maximum, probabilities, log of the sum): a large maximum costs no accuracy."""
+    shifted = logits - logits.amax(1, keepdim=True)
+    p = shifted.exp()
+    total = p.sum(1, keepdim=True)
+    return shifted, p.mul_(1 / total), total.log()
+
+
+def divergence_terms(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
+    """p φ(r) with r = log q − log p, written so that p = 0 gives q and q = 0 < p gives +inf."""
+    near = torch.expm1(ratio).sub_(ratio).mul_(p)
+    # Only p = 0 makes p·r NaN here (0·inf); NaN logits are NaN in p and q as well, and stay.
+    far = (p * ratio).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).neg_().add_(q - p)
+    return torch.where(ratio.abs() < 0.5, near, far)
+
+
+def shared_mass(logits: Tensor, shared: Tensor, ids: Tensor | None) -> Tensor:
+    """Softmax mass of the shared entries in the whole row, [C]."""
+    if ids is None:
+        return logits.new_ones(len(logits))
+    level = top(logits)
+    part, whole = (shared - level).exp_().sum(1), (logits - level).exp_().sum(1)
+    return torch.where(whole == 0, 0, (part / whole).clamp_(max=1))
+
+
+def bucket(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [C, 1] of the entries outside `ids`, and their softmax among themselves [C, V].
+
+    Summed over the outside entries themselves: 1 − Σ shared would cancel.
+    """
+    others = logits.index_fill(1, ids, -torch.inf)
+    level = top(others)
+    share = others.sub_(level).exp_()
+    total = share.sum(1, keepdim=True)
+    return total.log() + level, share.div_(total.masked_fill(total == 0, 1))
+
+
+def top(logits: Tensor) -> Tensor:
+    """Row maximum [C, 1]; 0 where nothing is finite, so that −inf − top stays −inf."""
+    highest = logits.amax(1, keepdim=True)
+    return highest.masked_fill_(highest == -torch.inf, 0)
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 gradients wait in float32 for the loss scale, which arrives only in the backward."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_ids(ids: Tensor | None, entries: int, side: str) -> None:
+    """Raises unless the ids are unique and inside [0, entries); on a GPU without a host sync."""
+    if ids is None:
+        return
+    bad_range = f"{side}_ids of vocab must lie in [0, {entries}), the entries of the {side}'s head."
+    bad_twice = f"{side}_ids of vocab name an entry twice. Pair each entry once."
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= entries:
+            raise ValueError(f"{bad_range} Found {low if low < 0 else high}.")
+        if int(ids.bincount().max()) > 1:
+            raise ValueError(f"{bad_twice} Found {int(ids.bincount().argmax())} again.")
+    elif ids.numel():
+        torch._assert_async(((ids >= 0) & (ids < entries)).all(), bad_range)
+        ordered = ids.sort().values
+        torch._assert_async((ordered[1:] != ordered[:-1]).all(), bad_twice)
