@@ -28,6 +28,8 @@ SCHEMAS = {
     "span_com_backward": "(Tensor grad_com, Tensor grad_mass, Tensor spans, Tensor? weights, "
     "Tensor mass, Tensor? hidden, Tensor? com, SymInt tokens, bool need_hidden, "
     "bool need_weights) -> (Tensor, Tensor)",
+    "attention_mass_forward": "(Tensor query, Tensor key, Tensor? query_index, float scale, "
+    "Tensor? key_mask, float? softcap, SymInt? window) -> Tensor",
     "span_kl_forward": "(Tensor student_logits, Tensor teacher_logits, Tensor? student_ids, "
     "Tensor? teacher_ids, float temperature, str direction, float? beta, str outside, "
     "bool need_mass, bool need_grad) -> (Tensor, Tensor, Tensor)",
@@ -36,6 +38,8 @@ SCHEMAS = {
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_span_kl_backward": f"(Tensor grad_kl, {_LINEAR}, bool need_student, bool need_head, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "span_geometry_forward": "(Tensor student, Tensor teacher, Tensor weights, Tensor offsets, "
+    "bool need_grad) -> (Tensor, Tensor)",
 }
 
 _library = torch.library.Library("sra_kernels", "DEF")
