@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from sra.token_bytes import ByteTokenizer, TokenBytes, byte_offsets, clean_text
+from sra.token_bytes import TokenBytes, byte_offsets, byte_tokenizer, clean_text
 
 Granularity = Literal["token", "word", "sentence"]
 
@@ -274,8 +274,9 @@ class SpanAligner:
     """Finds the spans that a student's and a teacher's tokenization of a text share.
 
     Args:
-        student_tokenizer, teacher_tokenizer: fast tokenizers of `transformers` or
-            `tokenizers.Tokenizer`s, of any kind.
+        student_tokenizer, teacher_tokenizer: fast tokenizers of `transformers`, of
+            any kind, or `tokenizers.Tokenizer`s (or `ByteTokenizer`s, whose tables are then shared
+            between aligners).
         granularity: "token" keeps every shared boundary (SRA); "word" keeps those at which a word
             ends (a run of letters and digits, or of punctuation, with the white space before it);
             "sentence" those after `.!?…` before white space, after `。！？` and after line ends.
@@ -298,8 +299,8 @@ class SpanAligner:
                 f"granularity must be 'token', 'word' or 'sentence', got {granularity!r}"
             )
         self.granularity = granularity
-        self.student = ByteTokenizer(student_tokenizer)
-        self.teacher = ByteTokenizer(teacher_tokenizer)
+        self.student = byte_tokenizer(student_tokenizer)
+        self.teacher = byte_tokenizer(teacher_tokenizer)
 
     def __call__(self, text: str) -> SpanTable:
         """Align a text by itself, without added special tokens. Never raises on text."""

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANK = re.compile(r"\s")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[int, int]:
@@ -83,6 +83,14 @@ class ByteTokenizer:
     Args:
         tokenizer: a fast tokenizer of `transformers`, or a `tokenizers.Tokenizer`. A private copy
             is taken, without truncation and padding, so later changes to the original are not seen.
+
+    Attributes:
+        backend: the private copy.
+        eos_id: the id of the end-of-sequence token, where `tokenizer` knows one.
+        special_ids: ids of all control tokens.
+
+    Raises:
+        TypeError: a tokenizer that is not a fast one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -97,7 +105,8 @@ class ByteTokenizer:
         self.backend.encode_special_tokens = backend.encode_special_tokens
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._special_ids = {
+        self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
+        self.special_ids = {
             i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
         }
 
@@ -127,7 +136,7 @@ class ByteTokenizer:
                     return piece.translate(_FROM_BYTE_LEVEL).encode("latin-1")
                 except UnicodeEncodeError:
                     return piece.encode()
-            if byte_fallback and (byte := _BYTE_PIECE.fullmatch(piece)):
+            if byte_fallback and (byte := BYTE_PIECE.fullmatch(piece)):
                 return bytes([int(byte[1], 16)])
             return (piece.replace(space, " ") if space else piece).encode()
 
@@ -143,7 +152,7 @@ class ByteTokenizer:
     @cached_property
     def _is_special(self) -> np.ndarray:
         table = np.zeros(len(self.token_bytes), bool)
-        table[list(self._special_ids)] = True
+        table[list(self.special_ids)] = True
         return table
 
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> TokenBytes:
@@ -163,6 +172,11 @@ class ByteTokenizer:
         if ends is not None:
             return TokenBytes(ids, np.append(0, ends[:-1])[: len(ids)], ends, special)
         return TokenBytes(ids, *_ends_from_offsets(encoding.offsets, pieces, text, raw), special)
+
+
+def byte_tokenizer(tokenizer: Any) -> ByteTokenizer:
+    """`tokenizer` as a `ByteTokenizer`; one that already is comes back as it is."""
+    return tokenizer if isinstance(tokenizer, ByteTokenizer) else ByteTokenizer(tokenizer)
 
 
 def _spelt_ends(pieces: list[bytes], raw: bytes) -> np.ndarray | None:

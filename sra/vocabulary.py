@@ -1,0 +1,106 @@
+"""Which entries of two vocabularies are the same token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+
+from sra.token_bytes import BYTE_PIECE, ByteTokenizer, byte_tokenizer
+
+
+class SharedVocabulary:
+    """The entries that a student's and a teacher's vocabulary share, one to one.
+
+    Args:
+        student_tokenizer, teacher_tokenizer: fast tokenizers of `transformers`,
+            `tokenizers.Tokenizer`s or `ByteTokenizer`s.
+        match: "raw" pairs identical strings of the two vocabularies (SRA, arXiv 2605.01205; across
+            families, `Ġthe` and `▁the` differ then, and `Ã©` is a different token from `é`).
+            "normalised" pairs tokens that stand for the same bytes, whatever the spelling of word
+            starts (`Ġ`, `▁`, a WordPiece entry without `##`) and of bytes (`<0x0A>`); a piece is
+            preferred to a byte token of the same byte; control tokens pair only with control tokens
+            of the same name, and the two end-of-sequence tokens pair whatever their names.
+        student_rows, teacher_rows: rows of the models' heads. Ids beyond them are left out. Rows
+            beyond the tokenizer (padding of the head) belong to no token and never appear.
+
+    Attributes:
+        student_ids, teacher_ids: int64 [K], ascending in the student's id; entry k of both is the
+            same token.
+
+    Raises:
+        TypeError: a tokenizer is not a fast one.
+        ValueError: an unknown `match`, or nothing is shared.
+    """
+
+    student_ids: torch.Tensor
+    teacher_ids: torch.Tensor
+
+    def __init__(
+        self,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        *,
+        match: Literal["raw", "normalised"],
+        student_rows: int | None = None,
+        teacher_rows: int | None = None,
+    ) -> None:
+        if match not in ("raw", "normalised"):
+            raise ValueError(f"match must be 'raw' or 'normalised', got {match!r}")
+        student, teacher = byte_tokenizer(student_tokenizer), byte_tokenizer(teacher_tokenizer)
+        entries = _by_string if match == "raw" else _by_bytes
+        in_student: dict[Any, int] = entries(student)
+        in_teacher: dict[Any, int] = entries(teacher)
+        pairs = {in_student[key]: in_teacher[key] for key in in_student.keys() & in_teacher.keys()}
+        if match == "normalised" and student.eos_id is not None and teacher.eos_id is not None:
+            pairs = {s: t for s, t in pairs.items() if t != teacher.eos_id}
+            pairs[student.eos_id] = teacher.eos_id
+        shared = sorted(
+            (s, t)
+            for s, t in pairs.items()
+            if (student_rows is None or s < student_rows)
+            and (teacher_rows is None or t < teacher_rows)
+        )
+        if not shared:
+            raise ValueError(
+                f"The vocabularies share no token (match={match!r}; {len(in_student):,} student "
+                f"and {len(in_teacher):,} teacher entries, heads of {student_rows or 'unlimited'} "
+                f"and {teacher_rows or 'unlimited'} rows). "
+                + (
+                    "They may spell word starts differently: try match='normalised'."
+                    if match == "raw"
+                    else "Use an objective that needs no shared vocabulary."
+                )
+            )
+        self.student_ids, self.teacher_ids = torch.tensor(shared, dtype=torch.int64).unbind(1)
+
+    def __len__(self) -> int:
+        return len(self.student_ids)
+
+    def __repr__(self) -> str:
+        return f"SharedVocabulary({len(self):,} tokens)"
+
+
+def _by_string(tokenizer: ByteTokenizer) -> dict[str, int]:
+    return tokenizer.backend.get_vocab(with_added_tokens=True)
+
+
+def _by_bytes(tokenizer: ByteTokenizer) -> dict[tuple[bool, bytes, int], int]:
+    """(is a control token, bytes, n) -> id of the n-th entry that spells them, byte tokens last."""
+    model = tokenizer.backend.model
+    continuation = getattr(model, "continuing_subword_prefix", None) or ""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    seen: Counter[tuple[bool, bytes]] = Counter()
+    found = {}
+    for piece, i in sorted(
+        vocabulary.items(), key=lambda item: (BYTE_PIECE.fullmatch(item[0]) is not None, item[1])
+    ):
+        special = i in tokenizer.special_ids
+        spelt = tokenizer.token_bytes[i]
+        if continuation and not special and not piece.startswith(continuation):
+            spelt = b" " + spelt
+        if spelt:
+            found[special, spelt, seen[special, spelt]] = i
+            seen[special, spelt] += 1
+    return found
