@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Literal, TextIO
 
@@ -38,8 +38,9 @@ def shared_spans(
     of the teacher's, and is `length` bytes long (None: to the end of the shorter rendering).
     Positions are compared relative to those first bytes.
 
-    A boundary is the end of a token that reaches past none of its neighbours, or the text's first
-    byte unless a token straddles it. Tokens that straddle either end of the text are in no span.
+    A boundary is the end of a token (of a run of tokens that share one range: the last), or the
+    text's first byte unless a token straddles it. Tokens that straddle either end of the text are
+    in no span.
     Tokens without bytes (BOS, EOS, the space that SentencePiece puts in front) are in no span
     either, unless they stand between two tokens of one.
 
@@ -84,16 +85,14 @@ def _boundaries(
     wide = np.flatnonzero(tokens.ends > tokens.starts)
     starts, ends = tokens.starts[wide], tokens.ends[wide]
     inside = slice(np.searchsorted(starts, start), np.searchsorted(ends, start + length, "right"))
-    straddled = inside.start > 0 and ends[inside.start - 1] > start
+    # The text's first byte, or the end of the token that straddles it.
+    first = max(start, ends[inside.start - 1]) if inside.start else start
     wide, ends = wide[inside], ends[inside]
     closing = np.flatnonzero(np.append(ends[1:] != ends[:-1], True)[: len(ends)])
-    at = ends[closing] - start
-    close = wide[closing] + 1
-    # The end of the text opens no span, so its entry is never read.
-    open_ = np.append(wide[closing[:-1] + 1], -1)[: len(closing)]
-    if straddled or not len(wide):
-        return at, close, open_
-    return np.append(0, at), np.append(-1, close), np.append(wide[0], open_)
+    at = np.append(first, ends[closing]) - start
+    # The first boundary closes no span and the last one opens none: -1 is never read.
+    close = np.append(-1, wide[closing] + 1)
+    return at, close, np.append(wide, -1)[np.append(0, closing + 1)]
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,7 @@ class SpanTable:
             truncation left nothing of the text.
         student, teacher: int64 [S, 2], half-open token ranges of each span, increasing.
         bytes: int64 [S, 2], the UTF-8 range of `text` that both ranges of a span cover.
-        coverage: share of the text's bytes inside spans, of those that both sides still hold after
-            truncation; 1.0 if there are none.
+        coverage: share of the text's bytes inside spans, before truncation; 1.0 for an empty text.
     """
 
     text: str
@@ -336,39 +334,44 @@ class SpanAligner:
             a `SpanTable` whose spans index the full id sequences.
         """
         text = clean_text(text)
-        length = len(text.encode())
+        length = kept = len(text.encode())
         sides = []
-        kept = length
         for tokenizer, prefix, suffix, limit in (
             (self.student, student_prefix, student_suffix, student_max_length),
             (self.teacher, teacher_prefix, teacher_suffix, teacher_max_length),
         ):
             prefix = clean_text(prefix)
-            full = tokenizer(prefix + text + suffix, add_special_tokens=add_special_tokens)
+            tokens = tokenizer(prefix + text + suffix, add_special_tokens=add_special_tokens)
             first_byte = len(prefix.encode())
-            starts, ends = full.starts - first_byte, full.ends - first_byte
-            before = (starts < 0) | ((starts == ends) & full.special & (ends <= 0))
-            start = int(np.argmin(before)) if not before.all() else len(full)
-            if limit is not None and limit < len(full):
-                cut = np.flatnonzero(ends[limit:] > starts[limit:])
-                kept = min(kept, max(0, int(starts[limit + cut[0]]))) if len(cut) else kept
-            sides.append(
-                (
-                    TokenBytes(
-                        full.ids[:limit], starts[:limit], ends[:limit], full.special[:limit]
-                    ),
-                    start if limit is None else min(start, limit),
-                )
+            tokens = replace(
+                tokens, starts=tokens.starts - first_byte, ends=tokens.ends - first_byte
             )
-        (student, student_start), (teacher, teacher_start) = sides
-        spans = shared_spans(student, teacher, length=kept, allowed=_ends(text, self.granularity))
-        covered = spans[2][-1, 1] - spans[2][0, 0] if len(spans[2]) else 0
+            sides.append(tokens)
+            if limit is not None:
+                # A run of tokens with one range ends where its last token does: kept whole or not.
+                dropped = tokens.ends[limit:] > tokens.starts[limit:]
+                kept = min([kept, *tokens.starts[limit:][dropped][:1].tolist()])
+        student, teacher = sides
+        student_spans, teacher_spans, covered = shared_spans(
+            student, teacher, length=length, allowed=_ends(text, self.granularity)
+        )
+        whole = covered[:, 1] <= kept
         return SpanTable(
             text,
-            student,
-            teacher,
-            student_start,
-            teacher_start,
-            *spans,
-            coverage=float(covered / kept) if kept else 1.0,
+            student[:student_max_length],
+            teacher[:teacher_max_length],
+            _first_token(student, student_max_length),
+            _first_token(teacher, teacher_max_length),
+            student_spans[whole],
+            teacher_spans[whole],
+            covered[whole],
+            coverage=float(np.diff(covered).sum() / length) if length else 1.0,
         )
+
+
+def _first_token(tokens: TokenBytes, limit: int | None) -> int:
+    """Index of the first token at or after byte 0 that is no added control token, up to `limit`."""
+    width = tokens.ends - tokens.starts
+    before = (tokens.starts < 0) | ((width == 0) & tokens.special & (tokens.ends == 0))
+    index = len(tokens) if before.all() else int(before.argmin())
+    return index if limit is None else min(index, limit)

@@ -60,6 +60,9 @@ class TokenBytes:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getitem__(self, part: slice) -> TokenBytes:
+        return TokenBytes(self.ids[part], self.starts[part], self.ends[part], self.special[part])
+
 
 def clean_text(text: str) -> str:
     """`text` with every surrogate code point replaced by U+FFFD (3 bytes, as a surrogate has in
