@@ -1,0 +1,1 @@
+"""The benchmark suite: `python -m benchmarks.run`. One file for each op, the same names again."""

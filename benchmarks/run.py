@@ -1,0 +1,148 @@
+"""`python -m benchmarks.run`: measures every case of every op into one CSV an op, then plots them.
+
+Each malloc setting gets a process of its own, because glibc reads its tunables at start only:
+
+    default  what a user gets. glibc gives large blocks back to the system at once, so most of what
+             an op returns is fresh memory, and first touching it costs more than the arithmetic.
+    tuned    freed memory is kept and used again, as under jemalloc or in a long training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import plot
+from benchmarks.measure import Effort, measure
+from benchmarks.registry import NAMES, columns, label, load
+
+TUNABLES = {
+    "default": "",
+    "tuned": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184",
+}
+RESULTS = Path(__file__).with_name("results")
+PARTIAL = Path("build/benchmarks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--op", choices=NAMES, action="append", help="only this op (repeatable)")
+    parser.add_argument("--only", default="", help="only cases whose label matches this regex")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few samples")
+    parser.add_argument("--list", action="store_true", help="print the cases' labels and stop")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder for CSV, plot and table (default: {RESULTS.parent.name}/{RESULTS.name} for "
+        f"a full run, {PARTIAL} for a part)",
+    )
+    parser.add_argument("--malloc", choices=TUNABLES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    out: Path = args.out or (PARTIAL if args.only or args.quick else RESULTS)
+    chosen = {
+        name: [
+            case
+            for case in (load(name).small if args.quick else load(name).cases)
+            if re.search(args.only, label(case))
+        ]
+        for name in args.op or NAMES
+    }
+    if args.list:
+        print("\n".join(f"{name}: {label(case)}" for name in chosen for case in chosen[name]))
+        return 0
+    if args.malloc:
+        return _measure_here(chosen, args.malloc, args.quick, out)
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        (out / f"{name}.csv").unlink(missing_ok=True)
+    settings = list(TUNABLES) if platform.libc_ver()[0] == "glibc" else ["default"]
+    status = 0
+    for malloc in settings:
+        again = [sys.executable, "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)]
+        environment = {**os.environ, "GLIBC_TUNABLES": TUNABLES[malloc]}
+        status |= subprocess.call([*again, "--malloc", malloc], env=environment)
+    for name in chosen:
+        if (out / f"{name}.csv").exists():
+            print(*plot.write(out / f"{name}.csv"), sep="\n")
+    return status
+
+
+def _measure_here(chosen: dict[str, list[Any]], malloc: str, quick: bool, out: Path) -> int:
+    """Measures under this process's malloc; 1 where an implementation of ours was refused."""
+    effort = Effort(most=5, least=3, seconds=0.05) if quick else Effort()
+    status = 0
+    for name, cases in chosen.items():
+        for i, case in enumerate(cases, 1):
+            print(f"{name} {i}/{len(cases)}, {malloc} malloc: {label(case)}", flush=True)
+            # Memory is a property of the allocator that people have.
+            rows = measure(name, case, effort, malloc == "default", lambda x: print("   ", x))
+            for row in rows:
+                _append(out / f"{name}.csv", name, case, malloc, row)
+                if "median_ms" in row:
+                    print(f"    {row['provider']:28}{row['median_ms']:9.3f} ms", flush=True)
+                elif row["provider"].startswith("ours"):
+                    status = 1
+    return status
+
+
+def _append(path: Path, op: str, case: Any, malloc: str, row: dict[str, Any]) -> None:
+    """One line, at once, so that a run that is stopped leaves what it has measured."""
+    measured = {name: row.get(name, "") for name in plot.MEASURED}
+    measured |= {k: f"{v:.4g}" for k, v in measured.items() if isinstance(v, float)}
+    line = {
+        "op": op,
+        "provider": row["provider"],
+        **columns(case),
+        "malloc": malloc,
+        **measured,
+        **_machine(),
+        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, line)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": int(bool(changes)),
+    }
+
+
+def _git(*args: str) -> str:
+    """Empty outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
