@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,21 +79,48 @@ def poisoned_empty() -> Iterator[None]:
         yield
 
 
-class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the largest tensor that any operation inside makes, in elements.
+class AllocatedMemory(TorchDispatchMode):
+    """Bytes that the operations inside allocate: the `largest` tensor, the `peak` alive at once.
 
-    >>> with LargestAllocation() as seen:
+    Our own operators are looked into, by running their torch backend. Tensors that exist outside
+    count for nothing, nor do views of them.
+
+    >>> with AllocatedMemory() as memory:
     ...     op(...)
-    >>> seen.numel
+    >>> memory.peak
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.largest = self.peak = self.alive = 0
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.numel() > self.numel:
-                self.numel = x.untyped_storage().nbytes() // x.element_size()
+        kwargs = kwargs or {}
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage(), outside=True)
+        if func.namespace == "sra_kernels":
+            name = func._schema.name.split("::")[1]
+            op = name.removesuffix("_forward").removesuffix("_backward")
+            portable = importlib.import_module(f"sra_kernels.{op}.portable")
+            with self:
+                return getattr(portable, name)(*args, **kwargs)
+        out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage(), outside=False)
         return out
+
+    def _count(self, storage: torch.UntypedStorage, outside: bool) -> None:
+        if id(storage) in self._known:
+            return
+        size = 0 if outside else storage.nbytes()
+        self._known.add(id(storage))
+        weakref.finalize(storage, self._forget, id(storage), size)
+        self.alive += size
+        self.largest, self.peak = max(self.largest, size), max(self.peak, self.alive)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size

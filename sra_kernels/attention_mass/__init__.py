@@ -36,7 +36,7 @@ def attention_mass(
         scale: the factor on the scores, usually ``d ** -0.5``.
         key_mask: ``[B, T]`` bool, True for a real key; None when all are.
         softcap: c in ``c * tanh(score / c)`` (Gemma-2's ``attn_logit_softcapping``), or None.
-        window: of a sliding window: a row sees its own key and the ``window - 1`` before it; or None.
+        window: a sliding window: a row sees its own key and the ``window - 1`` before it. Or None.
 
     Query row i stands at key position ``i + T - Tq``, and sees no later key.
 

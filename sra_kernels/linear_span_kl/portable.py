@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sra_kernels import check
 from sra_kernels.span_kl.options import Vocab
-from sra_kernels.span_kl.portable import BLOCK_BUFFERS, block_rows, check_ids, compare, saved_dtype
+from sra_kernels.span_kl.portable import block_bytes, block_rows, check_ids, compare, saved_dtype
 
 CHUNK_BYTES = 64 << 20  # the chunk's logits of both sides
 # Each chunk adds to the whole head's gradient: with fewer rows than this, that would be the cost.
@@ -176,6 +176,7 @@ def sweep(
                 grad_head.addmm_(student_logits.T, hidden)
             else:
                 grad_head += student_logits.T @ hidden
+        del student_logits, teacher_logits  # before the next chunk's are made
     return kl, mass, grad_student, grad_head.to(saved), grad_bias.to(saved)
 
 
@@ -185,6 +186,7 @@ def plan(
     teacher: Tensor,
     teacher_head: Tensor,
     *,
+    direction: str,
     vocab: Vocab | None = None,
     outside: str = "renormalise",
     return_shared_mass: bool = False,
@@ -203,7 +205,9 @@ def plan(
     heads = ours * student.shape[1] * (cut_student or student.dtype == torch.float16)
     heads += theirs * teacher.shape[1] * (cut_teacher or teacher.dtype == torch.float16)
     results = 2 * wide * len(student) + student.numel() * saved * student.requires_grad
-    working = rows * (ours + theirs) * saved + block * max(ours, theirs) * wide * BLOCK_BUFFERS
+    working = rows * (ours + theirs) * saved
+    working += block_bytes(block, ours, student.dtype, direction, outside)
+    working += 0 if shared is None or cut_teacher else 4 * block * theirs * wide
     head = ours * student.shape[1] * student_head.requires_grad
     forward = heads * saved + results + head * wide + max(working, head * saved)
     full = student_head.numel() * student_head.element_size() * student_head.requires_grad

@@ -16,7 +16,6 @@ from sra_kernels import check
 
 # One float32 buffer of a block: near the L2 cache on a CPU, enough work for one launch elsewhere.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}
-BLOCK_BUFFERS = 12  # alive at once in `compare`, at most
 
 
 def block_rows(columns: int, device: torch.device) -> int:
@@ -86,15 +85,28 @@ def span_kl_backward(grad_kl: Tensor, grad: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def plan(
-    student_logits: Tensor, teacher_logits: Tensor, *, outside: str = "renormalise", **options: Any
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    direction: str,
+    outside: str = "renormalise",
+    **options: Any,
 ) -> tuple[str, int]:
-    """(how the work is cut, bytes above the inputs): the value, the saved gradient, one block."""
-    (spans, columns), wider = student_logits.shape, teacher_logits.shape[1]
-    step = min(spans, block_rows(max(columns, wider), student_logits.device))
-    wide = check.accumulator(student_logits.dtype).itemsize
-    saved = saved_dtype(student_logits.dtype).itemsize
-    block = step * max(columns, wider) * wide * BLOCK_BUFFERS
-    return f"blocks of {step} spans", spans * (2 * wide + columns * saved) + block
+    """(how the work is cut, bytes above the inputs), the backward included if there is one."""
+    (spans, columns), theirs = student_logits.shape, teacher_logits.shape[1]
+    step = max(1, min(spans, block_rows(max(columns, theirs), student_logits.device)))
+    block = block_bytes(step, max(columns, theirs), student_logits.dtype, direction, outside)
+    learns = student_logits.requires_grad
+    saved = spans * columns * saved_dtype(student_logits.dtype).itemsize * learns
+    grad = spans * columns * student_logits.element_size() * learns
+    small = 2 * spans * check.accumulator(student_logits.dtype).itemsize
+    return f"blocks of {step} spans", small + saved + max(block, grad + block // 4)
+
+
+def block_bytes(rows: int, columns: int, dtype: torch.dtype, direction: str, outside: str) -> int:
+    """What `compare` and its inputs hold at once, counted in buffers of [rows, columns]."""
+    buffers = (17 if direction == "jsd" else 12) + (3 if outside == "bucket" else 0)
+    return buffers * rows * columns * check.accumulator(dtype).itemsize
 
 
 def compare(
@@ -148,7 +160,7 @@ def divergence(
 
     A teacher row without any finite logit has nothing to teach: 0 with zero gradient.
     """
-    teaches = teacher.amax(1, keepdim=True) > -torch.inf
+    teaches = teacher.amax(1, keepdim=True) != -torch.inf
     teacher_shift, p_t, log_t = softmax(teacher)
     student_shift, p_s, log_s = softmax(student)
     ratio = (student_shift - teacher_shift).sub_(log_s - log_t)  # log p_s − log p_t
@@ -158,10 +170,9 @@ def divergence(
         if need_grad:
             grad = p_s.sub_(p_t)
     elif direction == "reverse":
-        ratio.neg_()
-        kl = divergence_terms(p_s, p_t, ratio).sum(1)
+        kl = divergence_terms(p_s, p_t, ratio.neg_()).sum(1)
         if need_grad:
-            grad = torch.where(p_s == 0, 0, p_s * -ratio.add_(kl[:, None]))
+            grad = through_softmax(p_s, ratio.neg_())
     else:
         assert beta is not None
         mixture = beta * p_t + (1 - beta) * p_s
@@ -170,10 +181,10 @@ def divergence(
         from_t = torch.log1p((1 - beta) * torch.expm1(ratio))
         over_s = torch.where(ratio < 0, from_t - ratio, from_s)
         over_t = torch.where(ratio < 0, from_t, from_s + ratio)
-        to_s = divergence_terms(p_s, mixture, over_s).sum(1)
-        kl = beta * divergence_terms(p_t, mixture, over_t).sum(1) + (1 - beta) * to_s
+        kl = beta * divergence_terms(p_t, mixture, over_t).sum(1)
+        kl += (1 - beta) * divergence_terms(p_s, mixture, over_s).sum(1)
         if need_grad:
-            grad = torch.where(p_s == 0, 0, p_s * -over_s.add_(to_s[:, None])).mul_(1 - beta)
+            grad = through_softmax(p_s, over_s.mul_(beta - 1))
     if need_grad:
         grad = grad.masked_fill_(~teaches, 0)
     return kl.masked_fill_(~teaches[:, 0], 0), grad
@@ -185,6 +196,14 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = shifted.exp()
     total = p.sum(1, keepdim=True)
     return shifted, p.mul_(1 / total), total.log()
+
+
+def through_softmax(p: Tensor, slope: Tensor) -> Tensor:
+    """p (slope − Σ p·slope), centred on the likeliest entry first: where one entry holds nearly all
+    the mass, its own slope would cancel against the sum."""
+    slope = slope.masked_fill_(p == 0, 0)
+    slope = slope.sub_(slope.gather(1, p.argmax(1, keepdim=True)))
+    return slope.sub_((p * slope).sum(1, keepdim=True)).mul_(p)
 
 
 def divergence_terms(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
