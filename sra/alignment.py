@@ -297,6 +297,8 @@ class SpanAligner:
                 f"granularity must be 'token', 'word' or 'sentence', got {granularity!r}"
             )
         self.granularity = granularity
+        self.student_tokenizer = student_tokenizer
+        self.teacher_tokenizer = teacher_tokenizer
         self.student = byte_tokenizer(student_tokenizer)
         self.teacher = byte_tokenizer(teacher_tokenizer)
 

@@ -1,0 +1,33 @@
+"""Distil a large language model into a small one when their tokenizers differ.
+
+Names are imported when they are first used, so that `import sra` does not load transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "SpanAligner": "alignment",
+    "SpanTable": "alignment",
+    "SharedVocabulary": "vocabulary",
+    "SpanCollator": "data",
+    "load_rows": "data",
+    "Objective": "objective",
+    "recipe": "objective",
+    "SpanDistiller": "distiller",
+    "count_items": "distiller",
+    "TeacherCache": "teacher_cache",
+    "SRAConfig": "trainer",
+    "SRATrainer": "trainer",
+    "bits_per_byte": "evaluation",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sra' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sra.{_HOMES[name]}"), name)

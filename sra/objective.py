@@ -1,0 +1,208 @@
+"""The objective on tensors: centres of mass, their geometry, and span logits. Knows no model.
+
+SRA, arXiv 2605.01205. Symbols: w, a token's attention mass; C_i, the centre of mass of span i;
+lambda_i, the salience of span i, from the teacher's mass. docs/method.md has every formula, and
+where ours differs from the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sra.head import Head
+from sra_kernels import linear_span_kl, span_com, span_geometry
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = alpha * CE + (1 - alpha) * (cosine * L_cos + gamma * L_geo + logit * L_logit).
+
+    The defaults are the paper's. Three switches say how the logit term is formed:
+
+    logit_state: "com" applies both heads to the centres of mass (paper); "end" to the state of each
+        span's last token, which on both sides predicts what follows the shared boundary.
+    outside: "renormalise" compares inside the shared vocabulary alone (paper); "weight" multiplies
+        each span's KL by the teacher's probability of the shared vocabulary; "bucket" makes
+        everything outside one more class.
+    normaliser: L_logit is a sum over spans divided by the number of "sequences" (paper) or "spans".
+    """
+
+    alpha: float = 0.5
+    gamma: float = 50.0
+    power: float = 1.0
+    temperature: float = 2.0
+    cosine: float = 1.0
+    logit: float = 1.0
+    direction: Literal["forward", "reverse", "jsd"] = "forward"
+    beta: float | None = None
+    logit_state: Literal["com", "end"] = "com"
+    outside: Literal["renormalise", "weight", "bucket"] = "renormalise"
+    normaliser: Literal["sequences", "spans"] = "sequences"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha = {self.alpha}: it is the share of cross-entropy, 0 to 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}: it must be positive.")
+        for name in ("gamma", "cosine", "logit", "power"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must not be negative.")
+        for name, values in (
+            ("logit_state", ("com", "end")),
+            ("outside", ("renormalise", "weight", "bucket")),
+            ("normaliser", ("sequences", "spans")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r}: choose one of {', '.join(values)}."
+                )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.alpha < 1 and (self.cosine > 0 or self.gamma > 0 or self.logit > 0)
+
+
+RECIPES = {
+    "cross-entropy": Objective(alpha=1.0),
+    "paper": Objective(),
+    "boundary": Objective(
+        gamma=0.0, temperature=1.0, logit_state="end", outside="weight", normaliser="spans"
+    ),
+}
+
+
+def recipe(name: str, **changes: Any) -> Objective:
+    """A named objective, with changes.
+
+    "cross-entropy" needs no teacher; "paper" is arXiv 2605.01205 exactly; "boundary" is ours: it
+    compares predictions where both tokenizers end a token (docs/method.md says why).
+
+    >>> recipe("paper", gamma=10.0)
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe {name!r}. Choose one of {', '.join(RECIPES)}.")
+    known = [field.name for field in fields(Objective)]
+    for key in changes:
+        if key not in known:
+            raise TypeError(f"An objective has no {key!r}. It has {', '.join(known)}.")
+    return replace(RECIPES[name], **changes)
+
+
+class SpanLosses(NamedTuple):
+    """Sums, not means: the caller divides by the counts of the whole optimiser step."""
+
+    cosine: Tensor
+    geometry: Tensor
+    logit: Tensor
+    shared_mass: Tensor
+
+
+def salience(mass: Tensor, offsets: Tensor, power: float) -> Tensor:
+    """lambda [S]: mass^power, normalised to sum 1 within each sample (0 where a sample has none).
+
+    A matrix of membership instead of scatter: no atomics, so the same bits every time.
+    """
+    raised = mass.pow(power) if power else torch.ones_like(mass)
+    index = torch.arange(len(mass), device=mass.device)
+    member = (index >= offsets[:-1, None]) & (index < offsets[1:, None])
+    total = torch.where(member, raised, 0).sum(dim=1)
+    own = (member * total[:, None]).sum(dim=0)
+    return torch.where(own > 0, raised / own.clamp(min=torch.finfo(own.dtype).tiny), 0)
+
+
+def span_losses(
+    objective: Objective,
+    *,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student_mass: Tensor,
+    teacher_mass: Tensor,
+    student_spans: Tensor,
+    teacher_spans: Tensor,
+    offsets: Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: tuple[Tensor, Tensor] | None,
+    projector: Tensor,
+) -> SpanLosses:
+    """The three span terms of SRA as sums over the batch.
+
+    Args:
+        student_hidden, teacher_hidden: ``[N, Ds]``, ``[M, Dt]`` post-final-norm states, rows of all
+            sequences flattened. Gradient to the student's only.
+        student_mass, teacher_mass: ``[N]``, ``[M]`` attention mass of each row.
+        student_spans, teacher_spans: ``[S, 2]`` row ranges into each.
+        offsets: ``[B + 1]``, the spans of each sequence.
+        vocabulary: ids ``([K], [K])`` of the shared entries, or None for one vocabulary.
+        projector: ``[Dt, Ds]``, student to teacher space.
+    """
+    student_com, _ = span_com(student_hidden, student_spans, student_mass)
+    teacher_com, span_mass = span_com(teacher_hidden, teacher_spans, teacher_mass)
+    weight = salience(span_mass, offsets, objective.power).to(
+        torch.promote_types(student_com.dtype, torch.float32)
+    )
+    zero = weight.new_zeros(())
+
+    cosine = geometry = logit = zero
+    if objective.cosine:
+        projected = F.linear(student_com, projector.to(student_com.dtype)).to(weight.dtype)
+        similarity = F.cosine_similarity(projected, teacher_com.to(weight.dtype), dim=-1)
+        cosine = (weight * (1 - similarity)).sum()
+    if objective.gamma:
+        geometry = span_geometry(student_com, teacher_com, weight, offsets).sum()
+    shared = weight.new_zeros(())
+    if objective.logit:
+        if objective.logit_state == "com":
+            states = student_com, teacher_com
+        else:
+            states = (
+                student_hidden[student_spans[:, 1] - 1],
+                teacher_hidden[teacher_spans[:, 1] - 1],
+            )
+        logit, shared_mass = linear_span_kl(
+            states[0].to(student_head.weight.dtype),
+            student_head.weight,
+            states[1].to(teacher_head.weight.dtype),
+            teacher_head.weight,
+            temperature=objective.temperature,
+            direction=objective.direction,
+            beta=objective.beta,
+            vocab=vocabulary,
+            outside=objective.outside,
+            reduction="sum",
+            student_bias=student_head.bias,
+            student_softcap=student_head.softcap,
+            student_scale=student_head.scale,
+            teacher_bias=teacher_head.bias,
+            teacher_softcap=teacher_head.softcap,
+            teacher_scale=teacher_head.scale,
+            return_shared_mass=True,
+        )
+        shared = shared_mass.sum()
+    return SpanLosses(cosine, geometry, logit, shared)
+
+
+def combine(
+    objective: Objective, ce: Tensor, terms: SpanLosses | None, counts: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and each term as it enters it.
+
+    Args:
+        ce: sum of the tokens' negative log-likelihoods.
+        counts: ``[3]``, tokens, sequences and spans of the WHOLE optimiser step, so that the
+            gradient does not depend on how the step is split into micro-batches or ranks.
+    """
+    tokens, sequences, spans = counts.clamp(min=1).unbind()
+    ce = ce / tokens
+    if terms is None:
+        return objective.alpha * ce, {"ce": ce}
+    cosine, geometry = terms.cosine / sequences, terms.geometry / sequences
+    logit = terms.logit / (sequences if objective.normaliser == "sequences" else spans)
+    span = objective.cosine * cosine + objective.gamma * geometry + objective.logit * logit
+    loss = objective.alpha * ce + (1 - objective.alpha) * span
+    return loss, {"ce": ce, "cosine": cosine, "geometry": geometry, "logit": logit}
