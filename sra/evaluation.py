@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 
 
 class ScoredRow(NamedTuple):
-    """One tokenised row: the tokens ``input_ids[first:]`` spell ``num_bytes`` bytes of completion."""
+    """One tokenised row: ``input_ids[first:]`` spell ``num_bytes`` bytes of its completion."""
 
     input_ids: list[int]
     first: int
