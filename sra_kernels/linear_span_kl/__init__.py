@@ -162,9 +162,8 @@ def linear_span_kl(
         kl, mass = reference.linear_span_kl(*args)
         loss = kl.sum() if reduction == "sum" else kl
     else:
-        rows = None if outside == "bucket" else student_ids
         function = Sum if reduction == "sum" else Each
-        loss, mass = function.apply(torch.is_grad_enabled(), rows, *args, return_shared_mass)
+        loss, mass = function.apply(torch.is_grad_enabled(), *args, return_shared_mass)
     return (loss, mass) if return_shared_mass else loss
 
 

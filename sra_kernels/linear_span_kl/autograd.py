@@ -20,10 +20,10 @@ ops = library.ops
 
 class Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad_enabled: bool, rows: Tensor | None, *args: Any) -> Any:
-        need = [grad_enabled and needed for needed in ctx.needs_input_grad[2:5]]
+    def forward(ctx: Any, grad_enabled: bool, *args: Any) -> Any:
+        need = [grad_enabled and needed for needed in ctx.needs_input_grad[1:4]]
         kl, mass, *grads = ops.linear_span_kl_forward(*args, *need)
-        ctx.save_for_backward(rows, *grads)
+        ctx.save_for_backward(rows_in_use(*args), *grads)
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in args[:3]]
         ctx.mark_non_differentiable(mass)
         return kl.sum(), mass
@@ -34,17 +34,17 @@ class Sum(torch.autograd.Function):
         rows, *grads = ctx.saved_tensors
         scaled = [
             grad * grad_sum if needed else None
-            for grad, needed in zip(grads, ctx.needs_input_grad[2:5], strict=True)
+            for grad, needed in zip(grads, ctx.needs_input_grad[1:4], strict=True)
         ]
-        return None, None, *restored(scaled, rows, ctx.like), *[None] * 15
+        return None, *restored(scaled, rows, ctx.like), *[None] * 15
 
 
 class Each(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad_enabled: bool, rows: Tensor | None, *args: Any) -> Any:
+    def forward(ctx: Any, grad_enabled: bool, *args: Any) -> Any:
         kl, mass, *_ = ops.linear_span_kl_forward(*args, False, False, False)
         inputs, ctx.options = args[:9], args[9:-1]
-        ctx.save_for_backward(rows, *inputs)
+        ctx.save_for_backward(*inputs)
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in args[:3]]
         ctx.mark_non_differentiable(mass)
         return kl, mass
@@ -52,11 +52,18 @@ class Each(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_kl: Tensor, _: Tensor) -> Any:
-        rows, *inputs = ctx.saved_tensors
-        need = ctx.needs_input_grad[2:5]
+        inputs = ctx.saved_tensors
+        need = ctx.needs_input_grad[1:4]
         grads = ops.linear_span_kl_backward(grad_kl, *inputs, *ctx.options, *need)
         grads = [grad if needed else None for grad, needed in zip(grads, need, strict=True)]
-        return None, None, *restored(grads, rows, ctx.like), *[None] * 15
+        rows = rows_in_use(*inputs, *ctx.options)
+        return None, *restored(grads, rows, ctx.like), *[None] * 15
+
+
+def rows_in_use(*args: Any) -> Tensor | None:
+    """The student's ids where only those rows of its head are read; None for the whole head."""
+    student_ids, outside = args[6], args[16]
+    return None if outside == "bucket" else student_ids
 
 
 def restored(grads: list[Tensor | None], rows: Tensor | None, like: list[Any]) -> list[Any]:

@@ -62,4 +62,5 @@ def validate(
             "of the student, which has nothing left for the bucket, while the teacher has. Use "
             "outside='weight' or 'renormalise'."
         )
-    return student_ids.long(), teacher_ids.long()
+    # vocab may be (ids, ids), but torch.compile refuses an autograd.Function one tensor twice.
+    return student_ids.long(), teacher_ids.long().view(-1)

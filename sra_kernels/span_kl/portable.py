@@ -15,11 +15,11 @@ from torch import Tensor
 from sra_kernels import check
 
 # One float32 buffer of a block: near the L2 cache on a CPU, enough work for one launch elsewhere.
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 8 << 20}
 
 
 def block_rows(columns: int, device: torch.device) -> int:
-    return max(1, BLOCK_BYTES.get(device.type, 2**25) // (4 * max(columns, 1)))
+    return max(1, BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (4 * max(columns, 1)))
 
 
 def span_kl_forward(

@@ -454,6 +454,21 @@ def test_compiles_without_a_break_and_for_any_number_of_spans(outside):
             torch.testing.assert_close(got, want)
 
 
+def test_compiles_with_one_tensor_of_ids_for_both_sides():
+    student, teacher, ids = (
+        torch.randn(3, 9, requires_grad=True),
+        torch.randn(3, 9),
+        torch.arange(5),
+    )
+
+    def loss(student):
+        options = {"temperature": 1.0, "direction": "reverse", "vocab": (ids, ids)}
+        return span_kl(student, teacher, **options).sum()
+
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(student), student)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(student), student)[0])
+
+
 def test_a_raw_operator_refuses_to_be_differentiated():
     student, teacher, _ = case("one vocabulary")
     args = (None, None, 1.0, "forward", None, "renormalise", False, True)
