@@ -1,0 +1,303 @@
+"""attention_mass against float64, and the lines of the contract that apply: it has no gradient."""
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from sra_kernels import attention_mass, explain, use_backend
+from sra_kernels.attention_mass import portable
+from sra_kernels.attention_mass.reference import attention_mass as reference
+from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
+
+B, HEADS, DIM = 4, 6, 8
+LENGTHS = {"square": (7, 7), "cached keys": (3, 7), "one row": (1, 5), "one key": (1, 1)}
+OPTIONS = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "window": {"window": 3},
+    "window of one": {"window": 1},
+    "both": {"softcap": 0.7, "window": 2},
+}
+
+
+def case(queries, keys, dtype=torch.float64, kv_heads=2, rows=False, mask="none"):
+    query = (2 * torch.randn(B, HEADS, queries, DIM)).to(dtype)
+    key = torch.randn(B, kv_heads, keys, DIM).to(dtype)
+    options = {"scale": 0.5}
+    if rows:
+        options["query_index"] = torch.randint(queries, (B,))
+    if mask == "padding":  # right, left, none, and a sample without any real key
+        real = torch.ones(B, keys, dtype=torch.bool)
+        real[0, keys // 2 + 1 :] = False
+        real[1, : keys // 2] = False
+        real[3] = False
+        options["key_mask"] = real
+    elif mask == "random":
+        options["key_mask"] = torch.rand(B, keys) < 0.7
+    return query, key, options
+
+
+def eager(query, key, scale, query_index=None, key_mask=None, softcap=None, window=None):
+    return reference(query, key, query_index, scale, key_mask, softcap, window)
+
+
+@pytest.mark.parametrize(("queries", "keys"), LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [True, False], ids=["one row", "all rows"])
+@pytest.mark.parametrize("mask", ["none", "padding", "random"])
+@pytest.mark.parametrize("more", OPTIONS.values(), ids=OPTIONS)
+def test_matches_float64(poison, queries, keys, dtype, rows, mask, more):
+    query, key, options = case(queries, keys, dtype, rows=rows, mask=mask)
+    options |= more
+    mass = attention_mass(query, key, **options)
+    exact = eager(query.double(), key.double(), **options)
+    plain = eager(query, key, **options)
+    assert mass.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_as_good_as_torch(mass, plain, exact)
+    total = mass.sum(1)
+    assert ((total - 1).abs() < 1e-6).logical_or(total == 0).all()
+    torch.testing.assert_close(total == 0, exact.sum(1) == 0)
+    if "key_mask" in options:
+        assert not mass[~options["key_mask"]].any()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("rows", [True, False])
+def test_grouped_heads_equal_repeated_keys(kv_heads, rows):
+    query, key, options = case(5, 9, kv_heads=kv_heads, rows=rows)
+    repeated = key.repeat_interleave(HEADS // kv_heads, 1)
+    torch.testing.assert_close(
+        attention_mass(query, key, **options), attention_mass(query, repeated, **options)
+    )
+
+
+def test_by_hand():
+    log = math.log
+    query = torch.tensor([[[[1.0], [1.0]], [[0.0], [2.0]]]])  # two heads, two rows, one key head
+    key = torch.tensor([[[[0.0], [log(3.0)]]]])
+    # The last row sees both keys: head 0 gives (1/4, 3/4), head 1 (1/10, 9/10).
+    mass = attention_mass(query, key, query_index=torch.tensor([1]), scale=1.0)
+    assert mass[0].tolist() == pytest.approx([0.175, 0.825])
+    # Row 0 sees only key 0, in both heads.
+    mass = attention_mass(query, key, scale=1.0)
+    assert mass[0].tolist() == pytest.approx([(0.35 + 2) / 4, 1.65 / 4])
+    # Halving the scale takes the root of the odds; a window of one leaves the row's own key.
+    mass = attention_mass(query, key, query_index=torch.tensor([1]), scale=0.5)
+    root = 3**0.5
+    assert mass[0, 1].item() == pytest.approx((root / (1 + root) + 3 / 4) / 2)
+    mass = attention_mass(query, key, query_index=torch.tensor([1]), scale=1.0, window=1)
+    assert mass[0].tolist() == [0.0, 1.0]
+    capped = attention_mass(query, key, query_index=torch.tensor([1]), scale=1.0, softcap=0.5)
+    a, b = (math.exp(0.5 * math.tanh(2 * s * log(3.0))) for s in (1, 2))
+    assert capped[0, 1].item() == pytest.approx((a / (1 + a) + b / (1 + b)) / 2)
+
+
+def test_equals_the_attention_matrix_of_sdpa():
+    """Values that are an identity matrix make attention return its own weights."""
+    query, key, options = case(9, 9, torch.float32, kv_heads=HEADS)
+    eye = torch.eye(9).expand(B, HEADS, 9, 9)
+    weights = torch.nn.functional.scaled_dot_product_attention(
+        query, key, eye, is_causal=True, scale=options["scale"]
+    )
+    mass = attention_mass(query, key, **options)
+    torch.testing.assert_close(mass, weights.sum((1, 2)) / (HEADS * 9))
+    last = attention_mass(query, key, query_index=torch.full((B,), 8), **options)
+    torch.testing.assert_close(last, weights[:, :, 8].sum(1) / HEADS)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_padding_on_either_side_changes_nothing(rows):
+    """Positions only set what is visible, so a padded batch equals its single samples."""
+    query, key, options = case(6, 6)
+    index = torch.tensor([5, 5, 5, 5]) if rows else None
+    want = attention_mass(query, key, **options, query_index=index)
+    pad = torch.full((B, HEADS, 3, DIM), 7.0, dtype=query.dtype)
+    real = torch.ones(B, 6, dtype=torch.bool)
+    none = torch.zeros(B, 3, dtype=torch.bool)
+    right = attention_mass(
+        torch.cat([query, pad], 2), torch.cat([key, pad[:, :2]], 2), **options,
+        key_mask=torch.cat([real, none], 1), query_index=index,
+    )  # fmt: skip
+    left = attention_mass(
+        torch.cat([pad, query], 2), torch.cat([pad[:, :2], key], 2), **options,
+        key_mask=torch.cat([none, real], 1), query_index=None if index is None else index + 3,
+    )  # fmt: skip
+    torch.testing.assert_close(right[:, :6], want)
+    torch.testing.assert_close(left[:, 3:], want)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_masked_keys_may_hold_nan(rows):
+    query, key, options = case(6, 6, rows=rows, mask="padding")
+    want = attention_mass(query, key, **options)
+    masked = ~options["key_mask"]
+    key = key.masked_fill(masked[:, None, :, None], torch.nan)
+    if not rows:
+        query = query.masked_fill(masked[:, None, :, None], torch.nan)
+    torch.testing.assert_close(attention_mass(query, key, **options), want)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_large_scores(size):
+    query, key, options = case(5, 5, torch.float32)
+    query = query * size
+    exact = eager(query.double(), key.double(), **options)
+    torch.testing.assert_close(
+        attention_mass(query, key, **options).double(), exact, rtol=0.05, atol=1e-6
+    )
+
+
+# --- the contract ---
+
+
+def test_2_inputs_are_not_mutated():
+    query, key, options = case(5, 5, rows=True, mask="random")
+    tensors = query, key, options["query_index"], options["key_mask"]
+    before = [x.clone() for x in tensors]
+    attention_mass(query, key, **options)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+def test_4_no_gradient_and_no_complaint_about_it():
+    query, key, options = case(5, 5)
+    mass = attention_mass(query.requires_grad_(), key.requires_grad_(), **options)
+    assert not mass.requires_grad
+    with use_backend("reference"):
+        want = attention_mass(query, key, **options)
+    assert not want.requires_grad
+    torch.testing.assert_close(mass, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [True, False])
+def test_6_no_host_sync(rows):
+    query, key, options = case(5, 7, torch.float32, rows=rows, mask="padding")
+    want = attention_mass(query, key, **options)
+    query, key = query.cuda(), key.cuda()
+    options = {k: v.cuda() if torch.is_tensor(v) else v for k, v in options.items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mass = attention_mass(query, key, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(mass.cpu(), want)
+
+
+def test_7_nothing_to_attend_to():
+    query, key, options = case(5, 5, mask="padding")
+    assert not attention_mass(query, key, **options)[3].any()
+    empty = attention_mass(query[:0], key[:0], scale=1.0)
+    assert empty.shape == (0, 5)
+    assert attention_mass(query[:, :, :0], key[:, :, :0], scale=1.0).shape == (B, 0)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("window", [None, 4])
+def test_8_same_bits_again_and_the_same_numbers_for_any_chunk(rows, window, monkeypatch):
+    query, key, options = case(33, 40, torch.float32, rows=rows, mask="random")
+    options["window"] = window
+    first = attention_mass(query, key, **options)
+    assert torch.equal(attention_mass(query, key, **options), first)
+    for size in (1, 4 * HEADS * 40 * 3, 4 * HEADS * 40 * 33, 4 * HEADS * 40 * 33 * 2):
+        monkeypatch.setattr(portable, "CHUNK_BYTES", size)
+        torch.testing.assert_close(attention_mass(query, key, **options), first)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_stays_under_the_plan_and_keys_are_not_repeated(rows, dtype, monkeypatch):
+    monkeypatch.setattr(portable, "CHUNK_BYTES", 1 << 20)
+    keys = 600
+    query, key, options = case(keys, keys, dtype, kv_heads=1, rows=rows)
+    with AllocatedMemory() as memory:
+        attention_mass(query, key, **options)
+    plan = explain(attention_mass, query, key, **options)
+    assert 0.3 * plan.peak_bytes < memory.peak <= plan.peak_bytes
+    assert memory.largest < 4 * HEADS * keys * keys / 4
+
+
+# --- torch's own checks ---
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("batch", [0, B])
+def test_opcheck(rows, batch):
+    query, key, options = case(5, 7, torch.float32, rows=rows, mask="padding")
+    index = options["query_index"][:batch] if rows else None
+    args = (query[:batch], key[:batch], index, 0.5, options["key_mask"][:batch], 2.0, 3)
+    opcheck(torch.ops.sra_kernels.attention_mass_forward.default, args)
+    opcheck(torch.ops.sra_kernels.attention_mass_forward.default, (*args[:4], None, None, None))
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_compiles_without_a_break_and_for_any_length(rows):
+    def mass(query, key, index, mask):
+        return attention_mass(query, key, query_index=index, scale=0.5, key_mask=mask).square()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mass, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (5, 8, 13):
+            query, key, options = case(length, length, torch.float32, rows=rows, mask="padding")
+            args = (query, key, options.get("query_index"), options["key_mask"])
+            torch.testing.assert_close(compiled(*args), mass(*args))
+
+
+def test_a_raw_operator_refuses_to_be_differentiated():
+    query, key, _ = case(5, 5)
+    with pytest.raises(RuntimeError, match=r"Call sra_kernels\.attention_mass"):
+        torch.ops.sra_kernels.attention_mass_forward(
+            query.requires_grad_(), key, None, 1.0, None, None, None
+        )
+
+
+# --- inputs ---
+
+
+def test_any_strides():
+    """As models hold them: [B, T, heads, d] seen as [B, heads, T, d]."""
+    query, key, options = case(5, 5, rows=True)
+    want = attention_mass(query, key, **options)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(attention_mass(query, key, **options), want)
+    options["query_index"] = options["query_index"].int()
+    torch.testing.assert_close(attention_mass(query, key, **options), want)
+
+
+def test_9_rows_of_keys_far_apart():
+    """Key rows 2^30 elements apart, in virtual memory: the third lies past 2^31."""
+    query, near = torch.randn(1, 2, 3, DIM).bfloat16(), torch.randn(1, 1, 3, DIM).bfloat16()
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    far = far.as_strided((1, 1, 3, DIM), (0, 0, 2**30, 1))
+    far.copy_(near)
+    assert torch.equal(
+        attention_mass(query, far, scale=1.0), attention_mass(query, near, scale=1.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query_index": torch.tensor([0, 3])}, ValueError, r"query_index\[1\] = 3.*0..2"),
+        ({"query_index": torch.tensor([-1, 0])}, ValueError, r"query_index\[0\] = -1"),
+        ({"query_index": torch.tensor([0])}, ValueError, r"query_index has shape \[1\].*\[2\]"),
+        ({"query_index": torch.tensor([0.0, 1.0])}, TypeError, "int32 or int64"),
+        ({"key": torch.randn(2, 3, 5, 8)}, ValueError, "query has 4 heads and key 3"),
+        ({"key": torch.randn(2, 2, 5, 9)}, ValueError, "batch and head sizes must agree"),
+        ({"key": torch.randn(1, 2, 5, 8)}, ValueError, "batch and head sizes must agree"),
+        ({"key": torch.randn(2, 2, 2, 8)}, ValueError, "query has 3 rows and key only 2"),
+        ({"key": torch.randn(2, 2, 5, 8).half()}, TypeError, r"key is torch\.float16 but query"),
+        ({"key": torch.randn(2, 5, 8)}, ValueError, "key must have 4 dimensions, not 3"),
+        ({"key_mask": torch.ones(2, 5)}, TypeError, r"key_mask is torch\.float32.*\.bool\(\)"),
+        ({"key_mask": torch.ones(2, 4).bool()}, TypeError, r"it must be torch.bool \[2, 5\]"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive, not 0.0"),
+        ({"window": 0}, ValueError, "window must be at least 1, not 0"),
+    ],
+)
+def test_bad_input(change, error, message):
+    given = {"query": torch.randn(2, 4, 3, 8), "key": torch.randn(2, 2, 5, 8), "scale": 1.0}
+    with pytest.raises(error, match=message):
+        attention_mass(**given | change)

@@ -1,0 +1,316 @@
+"""span_geometry against float64, line by line of the gradient contract."""
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from sra_kernels import explain, span_geometry, use_backend
+from sra_kernels.span_geometry import portable
+from sra_kernels.span_geometry.reference import span_geometry as reference
+from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
+
+COUNTS = {
+    "one sample": [7],
+    "several": [5, 2, 9, 3],
+    "empty and single among others": [0, 3, 1, 0, 4, 0],
+    "only singles": [1, 1, 1],
+    "longer than a chunk": [300, 2, 200],
+    "no spans": [0, 0],
+    "no samples": [],
+}
+
+
+def case(counts, dtype=torch.float64, ours=13, theirs=21):
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    spans = int(offsets[-1])
+    student = torch.randn(spans, ours).to(dtype).requires_grad_()
+    teacher = torch.randn(spans, theirs).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return student, teacher, torch.rand(spans, dtype=wide), offsets
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_float64(poison, counts, dtype):
+    student, teacher, weights, offsets = case(counts, dtype)
+    upstream = torch.randn(len(counts), dtype=torch.float64)
+
+    def run(op, wide):
+        x = student.detach().to(wide).requires_grad_()
+        w = weights.double() if wide == torch.float64 else weights
+        loss = op(x, teacher.to(wide), w, offsets)
+        if not counts:
+            return loss, torch.zeros_like(x)
+        return loss, torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
+
+    exact, plain, ours = (
+        run(reference, torch.float64),
+        run(reference, dtype),
+        run(span_geometry, dtype),
+    )
+    assert ours[0].dtype == weights.dtype
+    assert ours[1].dtype == dtype
+    for name, a, b, c in zip(("loss", "gradient"), ours, plain, exact, strict=True):
+        assert_as_good_as_torch(a, b, c, name)
+
+
+def test_by_hand():
+    # Student: a right angle and 45 degrees; teacher: all three in one direction.
+    student = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0], [5.0], [2.0]])
+    weights = torch.tensor([1.0, 1.0, 2.0])
+    loss = span_geometry(student, teacher, weights, torch.tensor([0, 3]))
+    near = (math.sqrt(0.5) - 1) ** 2
+    # ordered pairs: 2 (1·1·1 + 1·2·near + 1·2·near) over 2 (1 + 2 + 2)
+    assert loss.item() == pytest.approx((1 + 4 * near) / 5)
+    loss.sum().backward()
+    # d/dS_0 = 2/10 · 2 Σ_j λ_j e_0j (u_j − cos u_0) / |S_0|; only the second axis is left
+    pull = 1 * (0 - 1) * 1 + 2 * (math.sqrt(0.5) - 1) * math.sqrt(0.5)
+    assert student.grad[0].tolist() == pytest.approx([0.0, 4 / 10 * pull / 2])
+
+
+def test_gradcheck():
+    for counts in ([5, 2], [0, 3, 1]):
+        student, teacher, weights, offsets = case(counts, ours=3)
+        for op in (span_geometry, reference):
+            assert torch.autograd.gradcheck(
+                lambda x, op=op, rest=(teacher, weights, offsets): op(x, *rest), student
+            )
+
+
+def test_gradient_is_orthogonal_to_each_vector():
+    student, teacher, weights, offsets = case([6, 5])
+    (grad,) = torch.autograd.grad(span_geometry(student, teacher, weights, offsets).sum(), student)
+    assert (grad * student).sum(1).abs().max() < 1e-14
+
+
+def test_equal_shapes_give_zero():
+    student, _, weights, offsets = case([6, 5], torch.float32)
+    turned = 3 * student.detach() @ torch.linalg.qr(torch.randn(13, 13)).Q
+    loss = span_geometry(student, turned, weights, offsets)
+    assert loss.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_the_length_of_vectors_and_the_size_of_weights_do_not_matter(size):
+    student, teacher, weights, offsets = case([6, 5], torch.float32)
+    want = span_geometry(student, teacher, weights, offsets)
+    (want_grad,) = torch.autograd.grad(want.sum(), student)
+    x = (student.detach() * size).requires_grad_()
+    loss = span_geometry(x, teacher * size, weights * size, offsets)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(grad * size, want_grad, rtol=1e-5, atol=1e-6)
+
+
+# --- the gradient contract, in the order of the README ---
+
+
+def test_1_linear_in_any_upstream_gradient():
+    student, teacher, weights, offsets = case(COUNTS["several"])
+    loss = span_geometry(student, teacher, weights, offsets)
+
+    def run(g):
+        return torch.autograd.grad(loss, student, g, retain_graph=True)[0]
+
+    base = run(torch.ones_like(loss))
+    factors = torch.tensor([3.0, -2.0, 0.0, 0.5], dtype=loss.dtype)
+    rows = factors.repeat_interleave(offsets.diff())[:, None]
+    torch.testing.assert_close(run(factors), rows * base)
+    torch.testing.assert_close(run(torch.stack([factors, factors], 1)[:, 1]), rows * base)
+    torch.testing.assert_close(run(torch.tensor(-2.0, dtype=loss.dtype).expand(4)), -2 * base)
+
+
+def test_2_saved_tensors_are_not_mutated_and_a_second_backward_is_right():
+    every = case(COUNTS["several"])
+    before = [x.detach().clone() for x in every]
+    loss = span_geometry(*every)
+    (first,) = torch.autograd.grad(loss.sum(), every[0], retain_graph=True)
+    (second,) = torch.autograd.grad(5 * loss.sum(), every[0])
+    torch.testing.assert_close(second, 5 * first)
+    assert all(torch.equal(x, y) for x, y in zip(every, before, strict=True))
+
+
+def test_4_only_what_is_asked_for():
+    student, *rest = case(COUNTS["several"])
+    assert portable.span_geometry_forward(student.detach(), *rest, False)[1].shape == (0,)
+    assert not span_geometry(student.detach(), *rest).requires_grad
+    with torch.no_grad():
+        assert not span_geometry(student, *rest).requires_grad
+    with torch.inference_mode():
+        span_geometry(student.detach(), *rest)
+
+
+@pytest.mark.parametrize("which", ["teacher", "weights"])
+def test_5_a_constant_that_requires_grad_is_an_error(which):
+    student, teacher, weights, offsets = case([3])
+    {"teacher": teacher, "weights": weights}[which].requires_grad_()
+    with pytest.raises(ValueError, match=rf"^{which} requires grad.*{which}\.detach"):
+        span_geometry(student, teacher, weights, offsets)
+
+
+@pytest.mark.gpu
+def test_6_no_host_sync():
+    student, *rest = case(COUNTS["several"], torch.float32)
+    want = span_geometry(student, *rest)
+    student, rest = student.detach().cuda().requires_grad_(), [x.cuda() for x in rest]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = span_geometry(student, *rest)
+        loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), want)
+
+
+@pytest.mark.parametrize("name", ["no spans", "only singles", "no samples"])
+def test_7_nothing_to_learn_from(name):
+    student, teacher, weights, offsets = case(COUNTS[name])
+    loss = span_geometry(student, teacher, weights, offsets)
+    assert loss.tolist() == [0.0] * len(COUNTS[name])
+    assert not torch.autograd.grad(loss.sum(), student)[0].any()
+
+
+def test_7_weights_of_zero():
+    student, teacher, weights, offsets = case([4, 3, 3])
+    weights[:4] = 0  # a sample without weight
+    weights[5:7] = 0  # a sample with all weight on one span
+    loss = span_geometry(student, teacher, weights, offsets)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert loss[:2].tolist() == [0, 0]
+    assert loss[2] > 0
+    assert not grad[:7].any()
+    assert grad.isfinite().all()
+
+
+def test_7_a_zero_vector_has_cosine_zero_and_no_gradient():
+    student, teacher, weights, offsets = case([4])
+    with torch.no_grad():
+        student[1] = 0
+        teacher[2] = 0
+    loss = span_geometry(student, teacher, weights, offsets)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    want = reference(student, teacher, weights, offsets)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), student)[0])
+    assert not grad[1].any()
+
+
+def test_7_a_span_of_weight_zero_may_hold_nan():
+    student, teacher, weights, offsets = case([4, 3])
+    weights[2] = 0
+    want = span_geometry(student, teacher, weights, offsets)
+    with torch.no_grad():
+        student[2] = torch.nan
+        teacher[2] = torch.inf
+    loss = span_geometry(student, teacher, weights, offsets)
+    torch.testing.assert_close(loss, want)
+    assert torch.autograd.grad(loss.sum(), student)[0].isfinite().all()
+
+
+def test_8_same_bits_again_and_the_same_numbers_for_any_chunk(monkeypatch):
+    student, teacher, weights, offsets = case([30, 2, 0, 40], torch.float32)
+
+    def once():
+        loss = span_geometry(student, teacher, weights, offsets)
+        return loss, torch.autograd.grad(loss.sum(), student)[0]
+
+    first = once()
+    assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
+    for rows in (1, 7, 71, 72):
+        monkeypatch.setattr(portable, "CPU_ROWS", rows)
+        for a, b in zip(once(), first, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_10_double_backward_raises():
+    student, teacher, weights, offsets = case([4])
+    loss = span_geometry(student, teacher, weights, offsets)
+    (first,) = torch.autograd.grad(loss.square().sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_memory_stays_under_the_plan():
+    student, *rest = case([1500, 1500], torch.float32)
+    with AllocatedMemory() as memory:
+        span_geometry(student, *rest).sum().backward()
+    plan = explain(span_geometry, student, *rest)
+    assert 0.4 * plan.peak_bytes < memory.peak <= plan.peak_bytes
+    assert memory.largest <= 4 * portable.CPU_ROWS * 1500 * 2
+
+
+# --- torch's own checks ---
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_opcheck(counts):
+    student, *rest = case(counts, torch.float32)
+    for need_grad in (True, False):
+        op = torch.ops.sra_kernels.span_geometry_forward.default
+        opcheck(op, (student.detach(), *rest, need_grad))
+
+
+def test_compiles_without_a_break_and_for_any_number_of_spans():
+    def loss(student, teacher, weights, offsets):
+        return span_geometry(student, teacher, weights, offsets).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for counts in ([3, 4], [2, 2, 5], [7, 1, 1, 3]):
+            args = case(counts, torch.float32)
+            (got,) = torch.autograd.grad(compiled(*args), args[0])
+            (want,) = torch.autograd.grad(loss(*args), args[0])
+            torch.testing.assert_close(got, want)
+
+
+def test_a_raw_operator_refuses_to_be_differentiated():
+    with pytest.raises(RuntimeError, match=r"Call sra_kernels\.span_geometry"):
+        torch.ops.sra_kernels.span_geometry_forward(*case([3]), True)
+
+
+# --- inputs ---
+
+
+def test_any_strides_int32_and_mixed_dtypes():
+    student, teacher, weights, offsets = case([5, 4])
+    want = span_geometry(student, teacher, weights, offsets)
+    turned = student.T.contiguous().T, teacher.T.contiguous().T, torch.stack([weights] * 2, 1)[:, 0]
+    torch.testing.assert_close(span_geometry(*turned, offsets.int()), want)
+    loss = span_geometry(student.float(), teacher.bfloat16(), weights, offsets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), want, rtol=0.05, atol=0.01)
+
+
+def test_reference_backend_serves():
+    every = case([5, 4])
+    want = span_geometry(*every)
+    with use_backend("reference"):
+        torch.testing.assert_close(span_geometry(*every), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"offsets": torch.tensor([0, 6])}, ValueError, r"end with 5.*\[0, 6\].*offsets\[b\]"),
+        ({"offsets": torch.tensor([1, 5])}, ValueError, "begin with 0"),
+        ({"offsets": torch.tensor([0, 4, 3, 5])}, ValueError, "never decrease"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, ValueError, "offsets is empty"),
+        ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, "offsets must be an int32 or int64"),
+        ({"weights": torch.ones(4)}, ValueError, r"weights has shape \[4\].*\[5\]"),
+        ({"weights": torch.tensor([1, 1, 1, 1, torch.nan])}, ValueError, r"weights\[4\] = nan"),
+        ({"teacher": torch.randn(4, 2)}, ValueError, "student has 5 rows and teacher 4"),
+        ({"student": torch.randn(5)}, ValueError, "student must have 2 dimensions, not 1"),
+        ({"teacher": torch.randn(5, 2, device="meta")}, ValueError, "teacher is on meta"),
+    ],
+)
+def test_bad_input(change, error, message):
+    given = {
+        "student": torch.randn(5, 3), "teacher": torch.randn(5, 2), "weights": torch.ones(5),
+        "offsets": torch.tensor([0, 2, 5]),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        span_geometry(**given | change)
