@@ -1,0 +1,194 @@
+"""The command line: `sra align`, `sra distill`, `sra demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECIPES = ("boundary", "paper", "cross-entropy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors that a user can mend are one sentence, without a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"sra {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sra", description="Distil a language model across tokenizers, span by span."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = "a hub id, a folder, or a name that `sra demo` downloads (SmolLM2-135M-Instruct, ...)"
+
+    align = commands.add_parser("align", help="show a text under both tokenizers, span by span")
+    align.add_argument("student", help=model)
+    align.add_argument("teacher", help=model)
+    align.add_argument("--text", help="the text (otherwise standard input)")
+    align.add_argument("--granularity", choices=("token", "word", "sentence"), default="token")
+    align.set_defaults(run=_align)
+
+    distill = commands.add_parser("distill", help="train a student from a teacher")
+    distill.add_argument("student", help=model)
+    distill.add_argument("teacher", nargs="?", help=f"{model}; none for cross-entropy")
+    distill.add_argument(
+        "--data", required=True, help='JSONL of {"prompt": ..., "completion": ...}'
+    )
+    distill.add_argument("--eval-data", help="the same, held out; measured in bits per byte")
+    distill.add_argument("--output", default="runs/distill", help="folder of the run")
+    distill.add_argument("--recipe", choices=RECIPES, default="boundary")
+    distill.add_argument("--alpha", type=float, help="share of cross-entropy")
+    distill.add_argument("--gamma", type=float, help="weight of the geometry term")
+    distill.add_argument("--temperature", type=float, help="of the span logits")
+    distill.add_argument("--logit-state", choices=("com", "end"))
+    distill.add_argument("--outside", choices=("renormalise", "weight", "bucket"))
+    distill.add_argument("--normaliser", choices=("sequences", "spans"))
+    distill.add_argument("--vocabulary-match", choices=("raw", "normalised"), default="raw")
+    distill.add_argument("--epochs", type=float, default=1.0)
+    distill.add_argument("--max-steps", type=int, default=-1, help="overrides --epochs")
+    distill.add_argument("--batch-size", type=int, default=4)
+    distill.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    distill.add_argument("--learning-rate", type=float, default=3e-4)
+    distill.add_argument("--max-length", type=int, default=512, help="tokens of each side")
+    distill.add_argument("--min-coverage", type=float, default=0.9)
+    distill.add_argument("--eval-steps", type=int, help="evaluate every so many steps")
+    distill.add_argument("--save-steps", type=int, default=200)
+    distill.add_argument("--seed", type=int, default=0)
+    distill.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    distill.add_argument(
+        "--remember-teacher", action="store_true", help="keep its states in memory"
+    )
+    distill.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    distill.set_defaults(run=_distill)
+
+    demo = commands.add_parser("demo", help="prune SmolLM2, distil Qwen2.5-Coder into it, report")
+    demo.add_argument("--student", default="SmolLM2-135M-Instruct", help=model)
+    demo.add_argument("--teacher", default="Qwen2.5-Coder-0.5B-Instruct", help=model)
+    demo.add_argument("--layers", type=int, default=16, help="layers that the student keeps")
+    demo.add_argument("--output", default="runs/demo")
+    demo.add_argument("--scale", type=float, default=1.0, help="fewer (0.1) or more (4) steps")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _align(args: argparse.Namespace) -> int:
+    from sra.alignment import SpanAligner
+
+    text = args.text if args.text is not None else sys.stdin.read()
+    aligner = SpanAligner(
+        load_tokenizer(args.student), load_tokenizer(args.teacher), granularity=args.granularity
+    )
+    aligner(text).show()
+    return 0
+
+
+def load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from sra.packages import resolve_model
+
+    return AutoTokenizer.from_pretrained(resolve_model(name))
+
+
+def load_model(name: str) -> Any:
+    """In float32, its training dtype; autocast does the rest where it is faster."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sra.packages import resolve_model
+
+    return AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from sra.data import load_rows
+    from sra.teacher_cache import TeacherCache
+    from sra.trainer import SRAConfig, SRATrainer
+
+    train = load_rows(args.data)
+    held_out = load_rows(args.eval_data) if args.eval_data else None
+    if args.recipe != "cross-entropy" and args.teacher is None:
+        raise ValueError(
+            f"The recipe {args.recipe!r} needs a teacher: sra distill STUDENT TEACHER."
+        )
+    output = Path(args.output)
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if checkpoint and not args.resume:
+        raise ValueError(
+            f"{output} holds a run already ({Path(checkpoint).name}). Go on with --resume, or "
+            "choose another --output."
+        )
+    config = SRAConfig(
+        output_dir=str(output),
+        recipe=args.recipe,
+        alpha=args.alpha,
+        gamma=args.gamma,
+        temperature=args.temperature,
+        logit_state=args.logit_state,
+        outside=args.outside,
+        normaliser=args.normaliser,
+        vocabulary_match=args.vocabulary_match,
+        max_length=args.max_length,
+        min_coverage=args.min_coverage,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        logging_steps=1,
+        eval_strategy="steps" if held_out and args.eval_steps else "no",
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        seed=args.seed,
+        use_cpu=args.cpu,
+        report_to="none",
+    )
+    teacher = None
+    if args.teacher and config.objective().needs_teacher:
+        teacher = load_model(args.teacher)
+        if args.remember_teacher:
+            teacher = TeacherCache(teacher)
+    trainer = SRATrainer(
+        load_model(args.student),
+        teacher,
+        config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=load_tokenizer(args.student),
+        teacher_processing_class=load_tokenizer(args.teacher) if args.teacher else None,
+    )
+    if trainer.coverage is not None:
+        print(f"Spans cover {trainer.coverage:.1%} of the completions' bytes.")
+    trainer.train(resume_from_checkpoint=checkpoint if args.resume else None)
+    trainer.save_model(str(output / "student"))
+    print(f"The student is in {output / 'student'}.")
+    if held_out:
+        print(f"Held-out bits per byte: {trainer.evaluate()['eval_bits_per_byte']:.4f}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from sra.demo import run_demo
+
+    return run_demo(
+        student=args.student,
+        teacher=args.teacher,
+        layers=args.layers,
+        output=Path(args.output),
+        scale=args.scale,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
