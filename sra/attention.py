@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,12 @@ class AttentionMass:
         return self._mass
 
     def read(
-        self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        attention_mask: Any,
+        options: Mapping[str, Any],
     ) -> None:
         """Compute the mass from ``query [B, Hq, T, d]`` and ``key [B, Hkv, T, d]``."""
         for name in UNSUPPORTED:
@@ -58,7 +63,7 @@ class AttentionMass:
                     f"The attention layer uses {name!r}, which the attention mass does not "
                     "account for. Choose a layer without it, or another model."
                 )
-        batch, _, tokens, dim = query.shape
+        batch, _, tokens, _ = query.shape
         if key.shape[2] != tokens:
             raise ValueError(
                 f"The layer sees {tokens} queries and {key.shape[2]} keys. Run whole sequences, "
@@ -77,15 +82,16 @@ class AttentionMass:
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
             # The mask of this very layer knows of windows, chunks and packing too. Heads share it.
             rows = torch.arange(batch, device=query.device) % attention_mask.shape[0]
-            visible = attention_mask[rows, 0, last, :tokens]
-            if visible.dtype != torch.bool:  # additive: 0 where a key is seen
-                visible = visible > torch.finfo(visible.dtype).min / 2
+            seen = attention_mask[rows, 0, last, :tokens]
+            if seen.dtype != torch.bool:  # additive: 0 where a key is seen
+                seen = seen > torch.finfo(seen.dtype).min / 2
+            visible = seen if visible is None else seen & visible
         scale = options.get("scaling")
         self._mass = attention_mass(
             query,
             key,
             query_index=last,
-            scale=dim**-0.5 if scale is None else scale,
+            scale=_default_scale(module, query) if scale is None else scale,
             key_mask=visible,
             softcap=options.get("softcap"),
             window=options.get("sliding_window"),
@@ -151,11 +157,19 @@ def _attend(
     **options: Any,
 ) -> Any:
     record = _records[module]
-    record.read(query, key, attention_mask, options)
+    record.read(module, query, key, attention_mask, options)
     return record.attend(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+def _default_scale(module: Any, query: Tensor) -> float:
+    """What an attention function does without ``scaling``; GPT-2's options as of transformers 4."""
+    scale = query.shape[-1] ** -0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    if getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        scale /= module.layer_idx + 1
+    return scale
 
 
 def _forward_function(module: nn.Module) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -16,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from sra.attention import record_attention_mass
+from sra.attention import AttentionMass, record_attention_mass
 from tests.real_models import checkpoint
 
 VOCABULARY, LENGTHS = 97, (23, 14, 1)
@@ -34,7 +36,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "mistral-window": MistralConfig(**SIZES, sliding_window=5),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=6, n_positions=64),
-    "gpt2-unscaled": GPT2Config(
+    "gpt2-layer-scaled": GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=48,
         n_layer=3,
@@ -206,7 +208,31 @@ def test_errors():
             model(ids, attention_mask=square.bool())
         keys = torch.randn(3, 2, 23, 8)
         with pytest.raises(NotImplementedError, match="'s_aux'"):
-            record.read(keys, keys, None, {"s_aux": torch.zeros(2)})
+            record.read(None, keys, keys, None, {"s_aux": torch.zeros(2)})
+
+
+def test_scale_where_the_model_passes_none():
+    """GPT-2 left its scale to the attention function before transformers 5."""
+    record = AttentionMass(attend=None)
+    query, key = torch.randn(2, 6, 2, 5, 16).double()
+    for module, scale in (
+        (SimpleNamespace(), 1 / 4),
+        (SimpleNamespace(scale_attn_weights=False), 1),
+        (SimpleNamespace(scale_attn_by_inverse_layer_idx=True, layer_idx=2), 1 / 12),
+    ):
+        record.read(module, query, key, None, {"scaling": None})
+        row = (scale * query[:, :, -1:] @ key.mT).softmax(-1).mean(1)[:, 0]
+        torch.testing.assert_close(record.mass, row)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_sample_without_real_tokens_has_no_mass(implementation):
+    model = build("smollm2", implementation)
+    ids, mask = batch("right")
+    mask[2] = 0
+    with record_attention_mass(model) as record:
+        model(ids, attention_mask=mask)
+    assert record.mass.sum(1).tolist() == pytest.approx([1, 1, 0])
 
 
 @pytest.mark.models
