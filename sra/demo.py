@@ -13,7 +13,7 @@ import random
 import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sra.alignment import SpanAligner
 from sra.chat import render_prompt
 from sra.cli import load_model, load_tokenizer
 from sra.data import SpanCollator
+from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
 from sra.packages import fetch_instructions
 from sra.precision import faster_dtype
@@ -209,12 +210,11 @@ def train(
     trainer.train()
     logs = trainer.state.log_history
     curve = [
-        (log["step"], log["eval_bits_per_byte"]) for log in logs if "eval_bits_per_byte" in log
+        (int(log["step"]), log["eval_bits_per_byte"]) for log in logs if "eval_bits_per_byte" in log
     ]
     if not curve or curve[-1][0] != steps:
         curve.append((steps, trainer.evaluate()["eval_bits_per_byte"]))
     trainer.save_model(str(folder))
-    shared = [log["shared_mass"] for log in logs if "shared_mass" in log]
     return Result(
         regime.name,
         recipe,
@@ -223,8 +223,19 @@ def train(
         seconds_per_step=clock.median(),
         peak_gib=peak_gib(),
         coverage=trainer.coverage,
-        shared_mass=sum(shared) / len(shared) if shared else None,
+        shared_mass=teacher_shared_mass(trainer, train_rows[: 4 * BATCH]),
     )
+
+
+@torch.no_grad()
+def teacher_shared_mass(trainer: SRATrainer, rows: list[Row]) -> float | None:
+    """The teacher's probability of the shared vocabulary where the run's logit term asks for it."""
+    run = trainer.distiller
+    if not run.objective.needs_teacher:
+        return None
+    objective = replace(run.objective, outside="weight", cosine=0.0, gamma=0.0)
+    probe = SpanDistiller(run.student, run.teacher, objective, vocabulary=run.vocabulary)
+    return float(probe(**trainer.data_collator(rows)).shared_mass)
 
 
 class StepClock(TrainerCallback):

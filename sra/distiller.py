@@ -21,10 +21,11 @@ from sra.vocabulary import SharedVocabulary
 
 @dataclass
 class DistillerOutput(ModelOutput):
-    """Each term as it enters `loss`, before its weight.
+    """Each term as it enters `loss`, before its weight: see `sra.objective`.
 
-    ce, cosine, geometry, logit: see `sra.objective`. shared_mass: the teacher's probability of the
-    shared vocabulary, mean over spans. coverage: share of the completions' bytes inside spans.
+    shared_mass: the teacher's probability of the shared vocabulary, mean over spans; None for
+        outside="renormalise", which does not compute it.
+    coverage: share of the completions' bytes inside spans.
     """
 
     loss: Tensor | None = None
@@ -197,7 +198,9 @@ class SpanDistiller(nn.Module):
         spans = 0 if student_spans is None else len(student_spans)
         counts = self._counts(labels, spans, num_items_in_batch)
         loss, parts = combine(self.objective, ce, terms, counts.to(states.device))
-        shared = None if terms is None else terms.shared_mass / max(spans, 1)
+        shared = None
+        if terms is not None and terms.shared_mass is not None:
+            shared = terms.shared_mass / max(spans, 1)
         return DistillerOutput(
             loss=loss,
             shared_mass=shared,

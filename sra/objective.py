@@ -94,12 +94,15 @@ def recipe(name: str, **changes: Any) -> Objective:
 
 
 class SpanLosses(NamedTuple):
-    """Sums, not means: the caller divides by the counts of the whole optimiser step."""
+    """Sums, not means: the caller divides by the counts of the whole optimiser step.
+
+    shared_mass: the teacher's probability of the shared vocabulary, where `outside` computes it.
+    """
 
     cosine: Tensor
     geometry: Tensor
     logit: Tensor
-    shared_mass: Tensor
+    shared_mass: Tensor | None
 
 
 def salience(mass: Tensor, offsets: Tensor, power: float) -> Tensor:
@@ -155,7 +158,7 @@ def span_losses(
         cosine = (weight * (1 - similarity)).sum()
     if objective.gamma:
         geometry = span_geometry(student_com, teacher_com, weight, offsets).sum()
-    shared = weight.new_zeros(())
+    shared: Tensor | None = None
     if objective.logit:
         if objective.logit_state == "com":
             states = student_com, teacher_com
@@ -164,26 +167,29 @@ def span_losses(
                 student_hidden[student_spans[:, 1] - 1],
                 teacher_hidden[teacher_spans[:, 1] - 1],
             )
-        logit, shared_mass = linear_span_kl(
-            states[0].to(student_head.weight.dtype),
-            student_head.weight,
-            states[1].to(teacher_head.weight.dtype),
-            teacher_head.weight,
-            temperature=objective.temperature,
-            direction=objective.direction,
-            beta=objective.beta,
-            vocab=vocabulary,
-            outside=objective.outside,
-            reduction="sum",
-            student_bias=student_head.bias,
-            student_softcap=student_head.softcap,
-            student_scale=student_head.scale,
-            teacher_bias=teacher_head.bias,
-            teacher_softcap=teacher_head.softcap,
-            teacher_scale=teacher_head.scale,
-            return_shared_mass=True,
-        )
-        shared = shared_mass.sum()
+        options: dict[str, Any] = {
+            "temperature": objective.temperature,
+            "direction": objective.direction,
+            "beta": objective.beta,
+            "vocab": vocabulary,
+            "outside": objective.outside,
+            "reduction": "sum",
+            "student_bias": student_head.bias,
+            "student_softcap": student_head.softcap,
+            "student_scale": student_head.scale,
+            "teacher_bias": teacher_head.bias,
+            "teacher_softcap": teacher_head.softcap,
+            "teacher_scale": teacher_head.scale,
+        }
+        heads = (
+            states[0].to(student_head.weight.dtype), student_head.weight,
+            states[1].to(teacher_head.weight.dtype), teacher_head.weight,
+        )  # fmt: skip
+        if objective.outside == "renormalise":  # the teacher's other rows are not multiplied
+            logit = linear_span_kl(*heads, **options)
+        else:
+            logit, mass = linear_span_kl(*heads, **options, return_shared_mass=True)
+            shared = mass.sum()
     return SpanLosses(cosine, geometry, logit, shared)
 
 
