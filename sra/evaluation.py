@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from sra.chat import render_prompt
+from sra.head import head_of
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 
@@ -82,20 +83,6 @@ def bits_per_byte(
     return nats / math.log(2) / sum(row.num_bytes for row in scored)
 
 
-def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """The language model's logits ``[..., V]`` of post-final-norm states ``[..., D]``.
-
-    What the model does after its head is done here too: Granite's and Cohere's scale, Gemma's
-    softcap, as the configuration says.
-    """
-    logits = model.get_output_embeddings()(hidden)
-    config = model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 def _tokenise(
     tokenizer: Any, row: Mapping[str, str], max_length: int, chat_template: bool
 ) -> ScoredRow:
@@ -135,8 +122,8 @@ def _negative_log_likelihood(model: Any, batch: list[ScoredRow]) -> float:
     )
     hidden = trunk.last_hidden_state[predicts.to(model.device)]
     total = 0.0
-    chunk = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+    head = head_of(model)
+    chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = head_logits(model, rows).float()
-        total += torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item()
+        total += F.cross_entropy(head.logits(rows), ids, reduction="sum").item()
     return total

