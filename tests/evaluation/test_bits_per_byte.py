@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from sra.chat import render_prompt
-from sra.evaluation import bits_per_byte, head_logits
+from sra.evaluation import bits_per_byte
+from sra.head import head_of
 from tests.real_models import checkpoint
 
 ALPHABET = ["a", "b", "é", "\n"]
@@ -191,7 +192,7 @@ def test_rendering(byte_tokenizer):
     ],
     ids=lambda config: config.model_type,
 )
-def test_head_logits_are_the_models(config):
+def test_logits_of_the_head_are_the_models(config):
     config.update(
         {
             "vocab_size": 50,
@@ -207,7 +208,7 @@ def test_head_logits_are_the_models(config):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ids = torch.arange(6)[None]
     hidden = model.base_model(ids).last_hidden_state
-    torch.testing.assert_close(head_logits(model, 30 * hidden), logits_of(model, 30 * hidden))
+    torch.testing.assert_close(head_of(model).logits(30 * hidden), logits_of(model, 30 * hidden))
 
 
 def logits_of(model, hidden):
