@@ -105,22 +105,25 @@ class SpanCollator:
             teacher_max_length=self.max_length,
         )
 
+    def checked(self, row: Any, where: str) -> SpanTable:
+        """One row, aligned; raises with `where` if there is nothing in it to learn from."""
+        check_row(row, where)
+        table = self.table(row)
+        if max(table.student_start, 1) >= len(table.student_ids):
+            raise ValueError(
+                f"{where} (prompt {row['prompt']!r:.60}) has no completion token within "
+                f"max_length = {self.max_length}. Raise max_length or drop the row."
+            )
+        return table
+
     def __call__(self, rows: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-        for i, row in enumerate(rows):
-            check_row(row, f"Row {i} of the batch")
-        tables = [self.table(row) for row in rows]
+        tables = [self.checked(row, f"Row {i} of the batch") for i, row in enumerate(rows)]
         student = [table.student_ids for table in tables]
         teacher = [table.teacher_ids for table in tables]
         labels = [
             np.where(np.arange(len(t.student_ids)) < t.student_start, IGNORED, t.student_ids)
             for t in tables
         ]
-        for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-            if not (label[1:] != IGNORED).any():
-                raise ValueError(
-                    f"Row {i} of the batch (prompt {row['prompt']!r:.60}) has no completion token "
-                    f"within max_length = {self.max_length}. Raise max_length or drop the row."
-                )
         width, teacher_width = max(map(len, student)), max(map(len, teacher))
         pad = _padding(self.aligner.student_tokenizer)
         teacher_pad = _padding(self.aligner.teacher_tokenizer)
@@ -141,12 +144,15 @@ class SpanCollator:
 def check_coverage(
     rows: Iterable[Mapping[str, str]], collator: SpanCollator, minimum: float
 ) -> float:
-    """The share of the completions' bytes inside spans; raises when it is under `minimum`."""
+    """The share of the completions' bytes inside spans.
+
+    Raises:
+        ValueError: it is under `minimum`, or a row holds nothing to learn from.
+    """
     covered, total = 0.0, 0
     worst: tuple[float, int, str] = (2.0, 0, "")
     for number, row in enumerate(rows):
-        check_row(row, f"Row {number}")
-        table = collator.table(row)
+        table = collator.checked(row, f"Row {number}")
         size = len(row["completion"].encode(errors="replace"))
         covered, total = covered + table.coverage * size, total + size
         worst = min(worst, (table.coverage, number, row["completion"][:60]))

@@ -97,12 +97,19 @@ class SpanDistiller(nn.Module):
         self.projector: nn.Linear | None = None
         # In a tuple, so that torch does not register it as a part of this module.
         self._teacher = (teacher,)
+        self.register_state_dict_post_hook(_without_tied)
+        self.register_load_state_dict_pre_hook(_with_tied)
         if not objective.needs_teacher:
             return
         if teacher is None:
             raise ValueError(
                 "This objective has span terms, so it needs a teacher. Pass one, or use "
                 'recipe("cross-entropy").'
+            )
+        if teacher is student:
+            raise ValueError(
+                "The student and the teacher are one and the same model; the teacher is frozen. "
+                "Pass copy.deepcopy(student) to learn from where it started."
             )
         self._check_vocabulary(teacher)
         if isinstance(teacher, nn.Module):
@@ -184,17 +191,22 @@ class SpanDistiller(nn.Module):
         ce = _cross_entropy(states, head, labels)
 
         terms = None
-        if self.objective.needs_teacher:
-            assert mass is not None
-            assert student_spans is not None
-            assert teacher_spans is not None
-            assert span_offsets is not None
-            assert teacher_input_ids is not None
-            assert teacher_attention_mask is not None
-            terms = self._span_losses(
-                states, mass, head, teacher_input_ids, teacher_attention_mask,
-                student_spans, teacher_spans, span_offsets,
-            )  # fmt: skip
+        if mass is not None:
+            span_inputs = {
+                "teacher_input_ids": teacher_input_ids,
+                "teacher_attention_mask": teacher_attention_mask,
+                "student_spans": student_spans,
+                "teacher_spans": teacher_spans,
+                "span_offsets": span_offsets,
+            }
+            given = {name: x for name, x in span_inputs.items() if x is not None}
+            if len(given) < len(span_inputs):
+                missing = next(name for name in span_inputs if name not in given)
+                raise ValueError(
+                    f"The batch holds no {missing!r}, which the span terms need. Make batches with "
+                    "SpanCollator; a transformers Trainer needs remove_unused_columns=False."
+                )
+            terms = self._span_losses(states, mass, head, **given)
         spans = 0 if student_spans is None else len(student_spans)
         counts = self._counts(labels, spans, num_items_in_batch)
         loss, parts = combine(self.objective, ce, terms, counts.to(states.device))
@@ -217,7 +229,7 @@ class SpanDistiller(nn.Module):
         teacher_attention_mask: Tensor,
         student_spans: Tensor,
         teacher_spans: Tensor,
-        offsets: Tensor,
+        span_offsets: Tensor,
     ) -> SpanLosses:
         with torch.no_grad():
             if isinstance(self.teacher, nn.Module):
@@ -243,7 +255,7 @@ class SpanDistiller(nn.Module):
             teacher_mass=teacher_mass.flatten(),
             student_spans=student_spans,
             teacher_spans=teacher_spans,
-            offsets=offsets,
+            offsets=span_offsets,
             student_head=head,
             teacher_head=teacher_head,
             vocabulary=vocabulary,
@@ -264,6 +276,26 @@ class SpanDistiller(nn.Module):
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the plain student, which `AutoModelForCausalLM.from_pretrained` loads."""
         self.student.save_pretrained(folder, **kwargs)
+
+
+def _tied(module: nn.Module) -> list[tuple[str, str]]:
+    """(name, other name) of each parameter that has two, as a head tied to the embedding has."""
+    first: dict[int, str] = {}
+    every = module.named_parameters(remove_duplicate=False)
+    names = [(first.setdefault(id(p), name), name) for name, p in every]
+    return [(name, other) for name, other in names if name != other]
+
+
+def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A parameter is saved once: safetensors, which Trainers write, refuses shared memory."""
+    for _name, other in _tied(module):
+        state.pop(prefix + other, None)
+
+
+def _with_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, other in _tied(module):
+        if prefix + name in state:
+            state.setdefault(prefix + other, state[prefix + name])
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -47,12 +47,13 @@ class Objective:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha = {self.alpha}: it is the share of cross-entropy, 0 to 1.")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: it must be positive.")
         for name in ("gamma", "cosine", "logit", "power"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must not be negative.")
         for name, values in (
+            ("direction", ("forward", "reverse", "jsd")),
             ("logit_state", ("com", "end")),
             ("outside", ("renormalise", "weight", "bucket")),
             ("normaliser", ("sequences", "spans")),
@@ -61,6 +62,13 @@ class Objective:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r}: choose one of {', '.join(values)}."
                 )
+        if (self.direction == "jsd") != (self.beta is not None):
+            raise ValueError(
+                f"beta = {self.beta} with direction = {self.direction!r}: beta, the teacher's "
+                'share of the mixture, belongs to direction = "jsd", which needs it.'
+            )
+        if self.beta is not None and not 0 < self.beta < 1:
+            raise ValueError(f"beta = {self.beta}: it must lie between 0 and 1.")
 
     @property
     def needs_teacher(self) -> bool:

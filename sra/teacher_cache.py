@@ -36,7 +36,7 @@ class TeacherCache:
         keys = [
             ids[keep].cpu().numpy().tobytes() for ids, keep in zip(input_ids, real, strict=True)
         ]
-        missing = [i for i, key in enumerate(keys) if key not in self._rows]
+        missing = [i for i, key in enumerate(keys) if key not in self._rows and key not in keys[:i]]
         if missing:
             width = int(real[missing].any(dim=0).nonzero().max()) + 1
             hidden, mass = model_states(

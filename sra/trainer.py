@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from sra.alignment import SpanAligner
-from sra.data import SpanCollator, check_coverage
+from sra.data import SpanCollator, check_coverage, check_row
 from sra.distiller import SpanDistiller, count_items
 from sra.evaluation import bits_per_byte
 from sra.objective import Objective, recipe
@@ -120,18 +120,23 @@ class SRATrainer(Trainer):
         collator = SpanCollator(aligner, max_length=args.max_length)
         self.coverage: float | None = None
         vocabulary = None
-        if objective.needs_teacher:
-            if train_dataset is not None:
-                self.coverage = check_coverage(train_dataset, collator, args.min_coverage)
-            if teacher_model is not None:
-                vocabulary = SharedVocabulary(
-                    processing_class,
-                    teacher_tokenizer,
-                    match=args.vocabulary_match,
-                    student_rows=model.get_output_embeddings().weight.shape[0],
-                    teacher_rows=teacher_model.get_output_embeddings().weight.shape[0],
-                )
+        if train_dataset is not None:
+            minimum = args.min_coverage if objective.needs_teacher else 0.0
+            coverage = check_coverage(train_dataset, collator, minimum)
+            self.coverage = coverage if objective.needs_teacher else None
+        for number, row in enumerate(eval_dataset or ()):
+            check_row(row, f"Row {number} of eval_dataset")
+        if objective.needs_teacher and teacher_model is not None:
+            vocabulary = SharedVocabulary(
+                processing_class,
+                teacher_tokenizer,
+                match=args.vocabulary_match,
+                student_rows=model.get_output_embeddings().weight.shape[0],
+                teacher_rows=teacher_model.get_output_embeddings().weight.shape[0],
+            )
         self._terms: list[dict[str, Tensor]] = []
+        self._steps = 0  # that _terms are of
+        set_seed(args.seed)  # the Trainer's own call comes after the projector's random start
         super().__init__(
             model=SpanDistiller(model, teacher_model, objective, vocabulary=vocabulary),
             args=args,
@@ -141,9 +146,8 @@ class SRATrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        for plain in (ProgressCallback, PrinterCallback):
-            if self.pop_callback(plain) is not None:
-                self.add_callback(LiveTerms())
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LiveTerms())
 
     @property
     def sra_args(self) -> SRAConfig:
@@ -155,6 +159,7 @@ class SRATrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Tokens, sequences and spans of the whole step, over all micro-batches and ranks."""
+        self._steps += 1
         counts = count_items(batch_samples).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(dim=0)
@@ -176,14 +181,14 @@ class SRATrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each term to what is logged, as it enters the loss of a step."""
         if "loss" in logs and self._terms:
-            micro = self.args.gradient_accumulation_steps
             for name in self._terms[0]:
                 values = torch.stack([terms[name].double() for terms in self._terms])
                 # A term is a sum over its micro-batch divided by the counts of the step; the
                 # shares are means.
-                mean = name in ("shared_mass", "coverage")
-                logs[name] = float(values.mean() * (1 if mean else micro))
+                share = name in ("shared_mass", "coverage")
+                logs[name] = float(values.mean() if share else values.sum() / self._steps)
             self._terms.clear()
+            self._steps = 0
         super().log(logs, start_time)
 
     def evaluate(
@@ -226,6 +231,8 @@ class SRATrainer(Trainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.distiller.save_pretrained(folder)
