@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 RECIPES = ("boundary", "paper", "cross-entropy")
 
@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--eval-steps", type=int, help="evaluate every so many steps")
     distill.add_argument("--save-steps", type=int, default=200)
     distill.add_argument("--seed", type=int, default=0)
+    distill.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of matrix products (the weights are trained in float32)",
+    )  # fmt: skip
     distill.add_argument("--cpu", action="store_true", help="do not use a GPU")
     distill.add_argument(
         "--remember-teacher", action="store_true", help="keep its states in memory"
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _align(args: argparse.Namespace) -> int:
     from sra.alignment import SpanAligner
+    from sra.packages import load_tokenizer
 
     text = args.text if args.text is not None else sys.stdin.read()
     aligner = SpanAligner(
@@ -89,30 +94,14 @@ def _align(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from sra.packages import resolve_model
-
-    return AutoTokenizer.from_pretrained(resolve_model(name))
-
-
-def load_model(name: str) -> Any:
-    """In float32, its training dtype; autocast does the rest where it is faster."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from sra.packages import resolve_model
-
-    return AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
-
-
 def _distill(args: argparse.Namespace) -> int:
-    from transformers.trainer_utils import get_last_checkpoint
+    import torch
 
     from sra.data import load_rows
+    from sra.packages import load_model, load_tokenizer
+    from sra.precision import faster_dtype
     from sra.teacher_cache import TeacherCache
-    from sra.trainer import SRAConfig, SRATrainer
+    from sra.trainer import SRAConfig, SRATrainer, last_checkpoint
 
     train = load_rows(args.data)
     held_out = load_rows(args.eval_data) if args.eval_data else None
@@ -121,12 +110,20 @@ def _distill(args: argparse.Namespace) -> int:
             f"The recipe {args.recipe!r} needs a teacher: sra distill STUDENT TEACHER."
         )
     output = Path(args.output)
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    checkpoint = last_checkpoint(output)
     if checkpoint and not args.resume:
         raise ValueError(
-            f"{output} holds a run already ({Path(checkpoint).name}). Go on with --resume, or "
-            "choose another --output."
+            f"{output} holds a run already ({checkpoint.name}). Go on with --resume, or choose "
+            "another --output."
         )
+    steps = args.max_steps
+    if steps < 0:
+        steps = math.ceil(args.epochs * len(train) / (args.batch_size * args.accumulate))
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    if args.dtype == "auto":
+        dtype = faster_dtype("cuda" if on_gpu else "cpu")
+    else:
+        dtype = getattr(torch, args.dtype)
     config = SRAConfig(
         output_dir=str(output),
         recipe=args.recipe,
@@ -145,18 +142,19 @@ def _distill(args: argparse.Namespace) -> int:
         gradient_accumulation_steps=args.accumulate,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,
+        warmup_steps=math.ceil(steps / 10),
         logging_steps=1,
         eval_strategy="steps" if held_out and args.eval_steps else "no",
         eval_steps=args.eval_steps,
         save_steps=args.save_steps,
         seed=args.seed,
-        use_cpu=args.cpu,
+        use_cpu=not on_gpu,
+        bf16=dtype == torch.bfloat16,
         report_to="none",
     )
     teacher = None
     if args.teacher and config.objective().needs_teacher:
-        teacher = load_model(args.teacher)
+        teacher = load_model(args.teacher).to(dtype)
         if args.remember_teacher:
             teacher = TeacherCache(teacher)
     trainer = SRATrainer(
@@ -170,7 +168,7 @@ def _distill(args: argparse.Namespace) -> int:
     )
     if trainer.coverage is not None:
         print(f"Spans cover {trainer.coverage:.1%} of the completions' bytes.")
-    trainer.train(resume_from_checkpoint=checkpoint if args.resume else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output / "student"))
     print(f"The student is in {output / 'student'}.")
     if held_out:

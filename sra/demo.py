@@ -23,11 +23,10 @@ from transformers import TrainerCallback
 
 from sra.alignment import SpanAligner
 from sra.chat import render_prompt
-from sra.cli import load_model, load_tokenizer
 from sra.data import SpanCollator
 from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
-from sra.packages import fetch_instructions
+from sra.packages import fetch_instructions, load_model, load_tokenizer
 from sra.precision import faster_dtype
 from sra.teacher_cache import TeacherCache
 from sra.trainer import SRAConfig, SRATrainer

@@ -215,6 +215,21 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print) -> str:
     return name
 
 
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """The tokenizer of what `resolve_model` takes."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_model(name_or_path))
+
+
+def load_model(name_or_path: str | Path) -> Any:
+    """The causal language model of what `resolve_model` takes, in float32, its training dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=torch.float32)
+
+
 def _cache_lock() -> Any:
     from filelock import FileLock
 

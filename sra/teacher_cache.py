@@ -14,7 +14,8 @@ class TeacherCache:
     """A teacher that remembers, in memory: pass it to `SpanDistiller` in the teacher's place.
 
     Keeps the post-final-norm states and attention masses of each token sequence that it has seen,
-    not logits: 2 * hidden_size + 4 bytes a token in bf16. Worth it from the second epoch on.
+    not logits, in main memory: 2 * hidden_size + 4 bytes a token in bf16. Worth it from the second
+    epoch on.
     """
 
     def __init__(self, teacher: Any) -> None:
@@ -24,6 +25,11 @@ class TeacherCache:
 
     def get_output_embeddings(self) -> Any:
         return self._model.get_output_embeddings()
+
+    def to(self, device: torch.device | str) -> TeacherCache:
+        """Move the model; what is remembered stays in main memory."""
+        self._model.to(device)
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -44,10 +50,10 @@ class TeacherCache:
             )
             for row, i in enumerate(missing):
                 keep = real[i, :width]
-                self._rows[keys[i]] = hidden[row][keep], mass[row][keep]
-        first = self._rows[keys[0]][0]
-        hidden = first.new_zeros(*input_ids.shape, first.shape[-1])
-        mass = hidden.new_zeros(input_ids.shape, dtype=self._rows[keys[0]][1].dtype)
-        for i, key in enumerate(keys):
-            hidden[i][real[i]], mass[i][real[i]] = self._rows[key]
-        return hidden, mass
+                self._rows[keys[i]] = hidden[row][keep].cpu(), mass[row][keep].cpu()
+        states, masses = self._rows[keys[0]]
+        hidden = states.new_zeros(*input_ids.shape, states.shape[-1])
+        mass = masses.new_zeros(input_ids.shape)
+        for i, (key, keep) in enumerate(zip(keys, real.cpu(), strict=True)):
+            hidden[i, keep], mass[i, keep] = self._rows[key]
+        return hidden.to(input_ids.device), mass.to(input_ids.device)

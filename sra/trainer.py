@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sra.alignment import SpanAligner
 from sra.data import SpanCollator, check_coverage, check_row
@@ -134,6 +137,8 @@ class SRATrainer(Trainer):
                 student_rows=model.get_output_embeddings().weight.shape[0],
                 teacher_rows=teacher_model.get_output_embeddings().weight.shape[0],
             )
+        if teacher_model is not None and not args.deepspeed and not args.fsdp:
+            teacher_model.to(args.device)  # the Trainer moves the student alone
         self._terms: list[dict[str, Tensor]] = []
         self._steps = 0  # that _terms are of
         set_seed(args.seed)  # the Trainer's own call comes after the projector's random start
@@ -247,6 +252,19 @@ class SRATrainer(Trainer):
         student.load_state_dict(saved.state_dict())
         if self.distiller.projector is not None:
             self.distiller.projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; None if there is none.
+
+    A run that is killed while it saves leaves a checkpoint without its last file.
+    """
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(found):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+            return checkpoint
+    return None
 
 
 class LiveTerms(ProgressCallback):
