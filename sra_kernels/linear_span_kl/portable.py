@@ -19,6 +19,7 @@ from sra_kernels.span_kl.portable import block_bytes, block_rows, check_ids, com
 CHUNK_BYTES = 64 << 20  # the chunk's logits of both sides
 # Each chunk adds to the whole head's gradient: with fewer rows than this, that would be the cost.
 MIN_ROWS = 64
+CAST_BYTES = 32 << 20  # the part of a head that is cast at a time, where products need it wider
 
 
 class Side(NamedTuple):
@@ -30,11 +31,35 @@ class Side(NamedTuple):
     scale: float | None
     softcap: float | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return product_dtype(self.head)
+
+    def parts(self) -> list[slice]:
+        """Ranges of the head whose copy in the dtype of the products is small."""
+        step = len(self.head)
+        if self.head.dtype != self.dtype:
+            step = max(1, CAST_BYTES // (self.head.shape[1] * self.dtype.itemsize))
+        return [slice(i, i + step) for i in range(0, len(self.head), step)]
+
     def logits(self, rows: slice) -> Tensor:
-        hidden = computable(self.hidden[rows])
-        if self.bias is None:
-            return hidden @ self.head.T
-        return torch.addmm(self.bias, hidden, self.head.T)
+        hidden = self.hidden[rows].to(self.dtype)
+        out = hidden.new_empty(len(hidden), len(self.head))
+        for part in self.parts():
+            head = self.head[part].to(self.dtype).T
+            if self.bias is None:
+                torch.mm(hidden, head, out=out[:, part])
+            else:
+                torch.addmm(self.bias[part].to(self.dtype), hidden, head, out=out[:, part])
+        return out
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of the states, from that of the products."""
+        first, *others = self.parts()
+        out = grad[:, first] @ self.head[first].to(self.dtype)
+        for part in others:
+            out.addmm_(grad[:, part], self.head[part].to(self.dtype))
+        return out
 
     def finish(self, logits: Tensor, temperature: float) -> Tensor:
         """Scale, softcap and temperature, in place."""
@@ -139,7 +164,7 @@ def sweep(
     grad_bias = kl.new_zeros(len(ours.head) if need_bias else 0)
 
     columns = len(ours.head) + len(theirs.head)
-    step = chunk_rows(columns, ours.head.element_size())
+    step = chunk_rows(columns, ours.dtype.itemsize)
     block = block_rows(max(len(ours.head), len(theirs.head)), student.device)
     for start in range(0, len(student), step):
         rows = slice(start, start + step)
@@ -167,9 +192,9 @@ def sweep(
                 if need_bias:
                     grad_bias += grad.sum(0)
         if need_student:
-            grad_student[rows] = student_logits @ ours.head
+            grad_student[rows] = ours.back(student_logits)
         if need_head:
-            hidden = computable(student[rows])
+            hidden = student[rows].to(ours.dtype)
             if factors is not None:
                 hidden = hidden.masked_fill((factors[rows] == 0)[:, None], 0)
             if hidden.dtype == wide:
@@ -194,22 +219,26 @@ def plan(
 ) -> tuple[str, int]:
     """(how the work is cut, bytes above the inputs), with gradients for whatever requires them."""
     wide, saved = check.accumulator(student.dtype).itemsize, saved_dtype(student.dtype).itemsize
+    product, theirs_product = (product_dtype(x).itemsize for x in (student_head, teacher_head))
     shared = None if vocab is None else len(vocab[0])
     cut_student = shared is not None and outside != "bucket"
     cut_teacher = shared is not None and outside == "renormalise" and not return_shared_mass
     ours = shared if shared is not None and cut_student else len(student_head)
     theirs = shared if shared is not None and cut_teacher else len(teacher_head)
-    rows = max(1, min(len(student), chunk_rows(ours + theirs, saved)))
+    rows = max(1, min(len(student), chunk_rows(ours + theirs, product)))
     block = min(rows, block_rows(max(ours, theirs), student.device))
 
-    heads = ours * student.shape[1] * (cut_student or student.dtype == torch.float16)
-    heads += theirs * teacher.shape[1] * (cut_teacher or teacher.dtype == torch.float16)
+    heads = ours * student.shape[1] * student_head.element_size() * cut_student
+    heads += theirs * teacher.shape[1] * teacher_head.element_size() * cut_teacher
+    casts = product > student_head.element_size() or theirs_product > teacher_head.element_size()
+    heads += min(CAST_BYTES, 4 * max(ours * student.shape[1], theirs * teacher.shape[1])) * casts
     results = 2 * wide * len(student) + student.numel() * saved * student.requires_grad
-    working = rows * (ours + theirs) * saved
+    working = rows * (ours * product + theirs * theirs_product)
     working += block_bytes(block, ours, student.dtype, direction, outside)
     working += 0 if shared is None or cut_teacher else 4 * block * theirs * wide
     head = ours * student.shape[1] * student_head.requires_grad
-    forward = heads * saved + results + head * wide + max(working, head * saved)
+    temporary = head * max(saved, product if product < wide else 0)
+    forward = heads + results + head * wide + max(working, temporary)
     full = student_head.numel() * student_head.element_size() * student_head.requires_grad
     backward = 2 * results + 2 * head * saved + full * cut_student
     return (
@@ -233,12 +262,13 @@ def side(
     if ids is not None:
         head = head.index_select(0, ids)
         bias = None if bias is None else bias.index_select(0, ids)
-    return Side(
-        hidden, computable(head), None if bias is None else computable(bias), scale, softcap
-    )
+    return Side(hidden, head, bias, scale, softcap)
 
 
-def computable(x: Tensor) -> Tensor:
-    """float16 products run in float32: gradients of probabilities would underflow in float16, and
-    on a CPU its products are two orders of magnitude slower."""
-    return x.float() if x.dtype == torch.float16 else x
+def product_dtype(head: Tensor) -> torch.dtype:
+    """float16 gradients of probabilities would underflow, and a processor without bfloat16
+    arithmetic is many times slower in it: both multiply in float32."""
+    if head.dtype == torch.float16:
+        return torch.float32
+    native = head.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if head.dtype == torch.bfloat16 and not native else head.dtype

@@ -101,6 +101,26 @@ def test_matches_float64(poison, outside, reduction, dtype, transform, full):
             assert_as_good_as_torch(a.to(dtype), b, c, name)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["products in bfloat16", "in float32"])
+@pytest.mark.parametrize(("outside", "reduction"), EVERY)
+def test_either_dtype_of_the_products(poison, outside, reduction, native, monkeypatch):
+    """What a processor with bfloat16 arithmetic runs, and what one without runs, part by part."""
+    product = torch.bfloat16 if native else torch.float32
+    monkeypatch.setattr(portable, "product_dtype", lambda head: product)
+    monkeypatch.setattr(portable, "CAST_BYTES", 1)
+    ours, theirs, options = case(outside, torch.bfloat16, bias=True, weights=True)
+    loss = run(ours, theirs, options, reduction=reduction)
+    got = loss, *grads(loss.sum(), ours)
+
+    def plain(dtype):
+        x, t = cast(ours, theirs, dtype)
+        loss, _ = eager(x, t, options, reduction, dtype)
+        return loss, *grads(loss.sum(), x)
+
+    for a, b, c in zip(got, plain(torch.bfloat16), plain(torch.float64), strict=True):
+        assert_as_good_as_torch(a.bfloat16(), b, c)
+
+
 @pytest.mark.parametrize("direction", OBJECTIVES)
 @pytest.mark.parametrize(("outside", "reduction"), EVERY)
 def test_equals_span_kl_on_the_logits(outside, reduction, direction):
