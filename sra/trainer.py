@@ -259,8 +259,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
     A run that is killed while it saves leaves a checkpoint without its last file.
     """
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(found):
+    found = {int(path.name[11:]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
+    for _, checkpoint in sorted(found.items(), reverse=True):
         with contextlib.suppress(OSError, ValueError):
             json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
             return checkpoint

@@ -1,0 +1,268 @@
+"""The command line, on checkpoints small enough to train here."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sra.cli import main
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(student, teacher): checkpoint folders."""
+    return tuple(map(str, tiny.write_checkpoints(tmp_path_factory.mktemp("checkpoints"))))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return str(tiny.write_jsonl(tmp_path / "train.jsonl", tiny.ROWS))
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def refused(capsys, argv, *written):
+    """What a command that cannot run says: exit code 1, one message, nothing written."""
+    assert main([str(a) for a in argv]) == 1
+    _, found, said = capsys.readouterr().err.rpartition(f"sra {argv[0]}: ")  # after loading bars
+    assert found
+    assert "Traceback" not in said
+    assert not any(Path(path).exists() for path in written)
+    return said
+
+
+# --- align ---
+
+
+def test_align_shows_both_tokenizations(pair, capsys):
+    assert main(["align", *pair, "--text", "The Nile flows."]) == 0
+    shown = capsys.readouterr().out
+    student = AutoTokenizer.from_pretrained(pair[0]).tokenize("The Nile flows.")
+    teacher = AutoTokenizer.from_pretrained(pair[1]).tokenize("The Nile flows.")
+    assert f"{len(student)} student and {len(teacher)} teacher tokens" in shown
+    assert "coverage 100.0%" in shown
+    assert "·╎Ni" in shown  # two tokens of the student
+    assert "│ ·Ni" in shown  # one of the teacher
+
+
+def test_align_reads_standard_input(pair, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Up on most maps."))
+    assert main(["align", *pair, "--granularity", "word"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("5 spans over 16 bytes")
+
+
+def test_align_without_a_model(pair, capsys, tmp_path):
+    missing = str(tmp_path / "nowhere")
+    said = refused(capsys, ["align", missing, pair[1], "--text", "x"])
+    assert f"Cannot read the model {missing!r}: no such folder" in said
+
+
+# --- distill ---
+
+
+@pytest.mark.parametrize("recipe", ["boundary", "paper", "cross-entropy"])
+def test_distill_from_end_to_end(pair, data, tmp_path, capsys, recipe):
+    output = tmp_path / "run"
+    argv = [
+        "distill", *pair, "--data", data, "--eval-data", data, "--output", str(output),
+        "--recipe", recipe, "--max-steps", "4", "--batch-size", "4", "--learning-rate", "3e-3",
+        "--eval-steps", "2", "--save-steps", "2", "--cpu", "--remember-teacher",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert f"The student is in {output / 'student'}." in said
+    assert "Held-out bits per byte: " in said
+    assert ("Spans cover" in said) == (recipe != "cross-entropy")
+    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2, 3, 4]
+    trained, start = weights(output / "student"), weights(pair[0])
+    assert any((trained[name] - start[name]).abs().max() > 1e-3 for name in start)
+    text = tiny.ROWS[0]["completion"]
+    tokenizers = [AutoTokenizer.from_pretrained(f) for f in (output / "student", pair[0])]
+    assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
+
+
+def test_distill_by_cross_entropy_takes_no_teacher(pair, data, tmp_path):
+    output = tmp_path / "run"
+    argv = ["distill", pair[0], "--recipe", "cross-entropy", "--data", data, "--cpu"]
+    assert main([*argv, "--max-steps", "1", "--output", str(output)]) == 0
+    assert (output / "student" / "model.safetensors").exists()
+
+
+def test_every_switch_of_the_objective_is_reachable(pair, data, tmp_path, capsys):
+    argv = ["distill", *pair, "--data", data, "--output", str(tmp_path / "run"), "--cpu"]
+    for flag, value, message in (
+        ("--alpha", "2", "alpha = 2.0"),
+        ("--gamma", "-1", "gamma = -1.0"),
+        ("--temperature", "0", "temperature = 0.0"),
+    ):
+        assert message in refused(capsys, [*argv, flag, value], tmp_path / "run")
+    for flag, value in (
+        ("--logit-state", "com"), ("--outside", "bucket"), ("--normaliser", "sequences"),
+        ("--vocabulary-match", "normalised"),
+    ):  # fmt: skip
+        argv += [flag, value]
+    assert main([*argv, "--max-steps", "1"]) == 0
+
+
+# --- what cannot run says so before it writes ---
+
+
+def test_a_missing_model(pair, data, capsys, tmp_path):
+    output, missing = tmp_path / "run", str(tmp_path / "nowhere")
+    for models in ((missing, pair[1]), (pair[0], missing)):
+        argv = ["distill", *models, "--data", data, "--output", output, "--cpu"]
+        assert f"Cannot read the model {missing!r}" in refused(capsys, argv, output)
+
+
+def test_a_damaged_model(pair, data, capsys, tmp_path):
+    output, damaged = tmp_path / "run", tmp_path / "damaged"
+    shutil.copytree(pair[0], damaged)
+    weights_file = damaged / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    argv = ["distill", damaged, pair[1], "--data", data, "--output", output, "--cpu"]
+    assert "The file is damaged: copy the model again" in refused(capsys, argv, output)
+
+
+def test_a_folder_without_a_tokenizer(pair, data, capsys, tmp_path):
+    output, bare = tmp_path / "run", tmp_path / "bare"
+    shutil.copytree(pair[0], bare)
+    for path in bare.glob("*token*"):
+        path.unlink()
+    argv = ["distill", bare, pair[1], "--data", data, "--output", output, "--cpu"]
+    assert "tokenizer" in refused(capsys, argv, output)
+
+
+def test_missing_data(pair, capsys, tmp_path):
+    output, missing = tmp_path / "run", tmp_path / "nowhere.jsonl"
+    argv = ["distill", *pair, "--data", missing, "--output", output, "--cpu"]
+    assert f"{missing}: no such file" in refused(capsys, argv, output)
+
+
+def test_a_broken_line_of_the_data(pair, data, capsys, tmp_path):
+    output, broken = tmp_path / "run", tmp_path / "broken.jsonl"
+    broken.write_text(Path(data).read_text() + '{"prompt": "x"}\n')
+    for given in (["--data", broken], ["--data", data, "--eval-data", broken]):
+        argv = ["distill", *pair, *given, "--output", output, "--cpu"]
+        assert f"{broken}, line 9: there is no 'completion'" in refused(capsys, argv, output)
+
+
+def test_a_teacher_is_missing(pair, data, capsys, tmp_path):
+    output = tmp_path / "run"
+    argv = ["distill", pair[0], "--data", data, "--output", output]
+    assert "needs a teacher: sra distill STUDENT TEACHER" in refused(capsys, argv, output)
+
+
+def test_too_little_coverage(pair, data, capsys, tmp_path):
+    output, lossy = tmp_path / "run", tmp_path / "lossy"
+    shutil.copytree(pair[1], lossy)
+    for path in lossy.glob("*token*"):
+        path.unlink()
+    (lossy / "chat_template.jinja").unlink(missing_ok=True)
+    tiny.lossy_tokenizer().save_pretrained(lossy)
+    argv = ["distill", pair[0], lossy, "--data", data, "--output", output, "--cpu"]
+    said = refused(capsys, argv, output)
+    assert "Alignment covers" in said
+    assert "lower min_coverage" in said
+
+
+def test_a_folder_with_a_run_is_not_written_over(pair, data, capsys, tmp_path):
+    output = tmp_path / "run"
+    argv = ["distill", *pair, "--data", data, "--output", output, "--cpu", "--max-steps", "1"]
+    assert main([str(a) for a in argv]) == 0
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    said = refused(capsys, argv)
+    assert "holds a run already (checkpoint-1). Go on with --resume" in said
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["distil"], ["distill", "s", "t"], ["align", "s", "t", "--granularity", "letter"]]
+)
+def test_a_command_that_does_not_parse(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: sra" in capsys.readouterr().err
+
+
+# --- a process ---
+
+
+def python(*argv, **options):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sra.cli", *map(str, argv)], cwd=ROOT, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def test_help_needs_no_model_library():
+    out, _ = python("--help").communicate(timeout=60)
+    for command in ("align", "distill", "demo"):
+        assert command in out
+    code = (
+        "import sys; from sra import cli; cli._parser().format_help();"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_numbers(pair, data, tmp_path):
+    """SIGKILL, no warning; then --resume; beside a run that was left alone."""
+    argv = [
+        "distill", *pair, "--data", data, "--recipe", "paper", "--gamma", "1", "--batch-size", "3",
+        "--max-steps", "28", "--save-steps", "10", "--learning-rate", "3e-3", "--cpu",
+    ]  # fmt: skip
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = python(*argv, "--output", killed)
+    state = killed / "checkpoint-10" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert not (killed / "student").exists()
+    assert not (killed / "checkpoint-28").exists()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*argv, "--output", str(killed), "--resume"]) == 0
+        assert main([*argv, "--output", str(whole)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    ours, theirs = weights(killed / "student"), weights(whole / "student")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    logs = [
+        json.loads((folder / "checkpoint-28" / "trainer_state.json").read_text())["log_history"]
+        for folder in (killed, whole)
+    ]
+    for key in ("loss", "ce", "cosine", "geometry", "logit", "learning_rate"):
+        ours, theirs = ([log[key] for log in history if key in log] for history in logs)
+        assert len(theirs) == 28
+        assert ours == pytest.approx(theirs, rel=1e-6), key

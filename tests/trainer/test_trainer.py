@@ -1,0 +1,387 @@
+"""SRATrainer on a tiny pair: what it learns, logs, saves, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from sra import SRAConfig, SRATrainer, TeacherCache, bits_per_byte
+from sra.trainer import LiveTerms, last_checkpoint
+from tests import tiny
+
+
+def trainer(folder, *, dtype=torch.float32, teacher=None, rows=tiny.ROWS, **options):
+    options = {
+        "recipe": "paper",
+        "gamma": 1.0,
+        "outside": "weight",
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "projector_learning_rate": 6e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": 3,
+    } | options
+    cross_entropy = options["recipe"] == "cross-entropy"
+    made = SRATrainer(
+        tiny.student_model(dtype),
+        None if cross_entropy else teacher or tiny.teacher_model(dtype),
+        SRAConfig(output_dir=str(folder), **options),
+        train_dataset=rows,
+        eval_dataset=tiny.ROWS[:4],
+        processing_class=tiny.student_tokenizer(),
+        teacher_processing_class=tiny.teacher_tokenizer(),
+    )
+    made.pop_callback(PrinterCallback)
+    return made
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in run.distiller.named_parameters()}
+
+
+def logged(run, key):
+    return [log[key] for log in run.state.log_history if key in log]
+
+
+def assert_same(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], **tolerance)
+
+
+@pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary"])
+def test_it_learns(tmp_path, recipe):
+    run = trainer(tmp_path, recipe=recipe, outside=None, max_steps=8, per_device_train_batch_size=8)
+    before = run.evaluate()["eval_bits_per_byte"]
+    run.train()
+    losses = logged(run, "loss")
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.1
+    assert run.evaluate()["eval_bits_per_byte"] < before - 0.1
+
+
+def test_it_logs_each_term(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4, 5, 6]
+    for log in logs:
+        span = log["cosine"] + 1.0 * log["geometry"] + log["logit"]
+        # transformers rounds nothing, but adds up in float32.
+        assert log["loss"] == pytest.approx(0.5 * log["ce"] + 0.5 * span, rel=1e-4)
+        assert 0 < log["shared_mass"] < 1
+        assert log["coverage"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_terms_are_of_steps_not_of_micro_batches(tmp_path, every):
+    """8 rows in 4 batches, 3 to a step: the second step of an epoch has one batch."""
+    run = trainer(
+        tmp_path, gradient_accumulation_steps=3, max_steps=-1, num_train_epochs=3,
+        logging_steps=every, learning_rate=0.0, projector_learning_rate=0.0,
+    )  # fmt: skip
+    run.train()
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert len(logs) == 6 // every
+    for log in logs:
+        span = log["cosine"] + 1.0 * log["geometry"] + log["logit"]
+        assert log["loss"] == pytest.approx(0.5 * log["ce"] + 0.5 * span, rel=1e-4)
+        assert log["ce"] == pytest.approx(5.8, abs=0.3)  # log 328: an untrained student
+
+
+def test_evaluate_is_bits_per_byte(tmp_path):
+    run = trainer(tmp_path)
+    student, tokenizer = run.distiller.student, tiny.student_tokenizer()
+    want = bits_per_byte(student, tokenizer, tiny.ROWS[:4])
+    assert run.evaluate()["eval_bits_per_byte"] == pytest.approx(want, rel=1e-6)
+    other = run.evaluate(tiny.ROWS[4:], metric_key_prefix="other")
+    want = bits_per_byte(student, tokenizer, tiny.ROWS[4:])
+    assert other["other_bits_per_byte"] == pytest.approx(want, rel=1e-6)
+    assert logged(run, "eval_bits_per_byte")
+
+
+def test_it_evaluates_while_training(tmp_path):
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    run.train()
+    assert [log["step"] for log in run.state.log_history if "eval_bits_per_byte" in log] == [
+        2,
+        4,
+        6,
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "boundary"])
+def test_accumulation_changes_nothing(tmp_path, recipe):
+    """8 rows a step as 1, 2 and 4 micro-batches, in float64: the same parameters after 2 steps."""
+    ends = []
+    for micro in (1, 2, 4):
+        run = trainer(
+            tmp_path / str(micro), dtype=torch.float64, recipe=recipe, outside=None, max_steps=2,
+            per_device_train_batch_size=8 // micro, gradient_accumulation_steps=micro,
+            optim="sgd", max_grad_norm=1.0, learning_rate=0.1,
+        )  # fmt: skip
+        assert next(run.distiller.parameters()).dtype == torch.float64
+        start = weights(run)
+        run.train()
+        ends.append((weights(run), logged(run, "loss"), logged(run, "ce")))
+        assert any((ends[-1][0][n] - start[n]).abs().max() > 1e-4 for n in start)
+    for end in ends[1:]:
+        assert_same(end[0], ends[0][0], rtol=0, atol=1e-9)
+        assert end[1] == pytest.approx(ends[0][1], rel=1e-6)
+        assert end[2] == pytest.approx(ends[0][2], rel=1e-6)
+
+
+def test_the_projector_has_its_own_rate_on_the_same_schedule(tmp_path):
+    class Rates(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+    run = trainer(tmp_path)
+    rates = Rates()
+    run.add_callback(rates)
+    run.train()
+    groups = run.optimizer.param_groups
+    projector = run.distiller.projector.weight
+    assert [any(p is projector for p in g["params"]) for g in groups] == [False, False, True]
+    assert groups[2]["weight_decay"] == 0
+    held = sum(len(g["params"]) for g in groups)
+    assert held == len(list(run.distiller.parameters()))
+    # Linear: up in 2 steps, down in 4. The projector's is twice the student's all along.
+    shape = [0, 0.5, 1, 0.75, 0.5, 0.25]
+    assert [r[0] for r in rates.seen] == pytest.approx([3e-3 * x for x in shape])
+    assert [r[2] for r in rates.seen] == pytest.approx([6e-3 * x for x in shape])
+
+
+def test_the_seed_decides_everything(tmp_path):
+    ends = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(torch.seed() % 1000)  # whatever was drawn before
+        run = trainer(tmp_path / str(seed), seed=seed, max_steps=2)
+        start = weights(run)["projector.weight"]
+        run.train()
+        ends.append((start, weights(run), logged(run, "loss")))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert_same(ends[0][1], ends[1][1], rtol=0, atol=0)
+    assert ends[0][2] == ends[1][2]
+    assert not torch.equal(ends[0][0], ends[2][0])
+    assert ends[0][2] != ends[2][2]
+
+
+def test_a_cached_teacher_trains_to_the_same(tmp_path):
+    runs = [
+        trainer(tmp_path / name, dtype=torch.float64, teacher=teacher, optim="sgd", max_steps=4)
+        for name, teacher in (
+            ("live", tiny.teacher_model(torch.float64)),
+            ("cached", TeacherCache(tiny.teacher_model(torch.float64))),
+        )
+    ]
+    for run in runs:
+        run.train()
+    assert_same(weights(runs[1]), weights(runs[0]), rtol=0, atol=1e-9)
+    assert logged(runs[1], "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-6)
+
+
+def test_bf16_autocast(tmp_path):
+    runs = [trainer(tmp_path / str(bf16), bf16=bf16) for bf16 in (False, True)]
+    for run in runs:
+        run.train()
+    assert logged(runs[1], "loss") == pytest.approx(logged(runs[0], "loss"), rel=0.05)
+    assert all(p.dtype == torch.float32 for p in runs[1].distiller.parameters())
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_is_a_plain_student_and_the_projector(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    run.train()
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert [f.name for f in folders] == ["checkpoint-3", "checkpoint-6"]
+    now = weights(run)
+    loaded = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    student = {f"student.{n}": p.detach() for n, p in loaded.named_parameters()}
+    assert_same(student | {"projector.weight": now["projector.weight"]}, now, rtol=0, atol=0)
+    saved = load_file(folders[1] / "projector.safetensors")
+    assert torch.equal(saved["weight"], now["projector.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(folders[1])
+    text = tiny.ROWS[2]["completion"]
+    assert tokenizer(text).input_ids == tiny.student_tokenizer()(text).input_ids
+    teacher_width = 48
+    for name, x in load_file(folders[1] / "model.safetensors").items():
+        assert teacher_width not in x.shape or name.split(".")[-2] in (
+            "up_proj", "gate_proj", "down_proj"  # the student's own width of 48
+        ), name  # fmt: skip
+
+
+def test_without_a_projector_none_is_saved(tmp_path):
+    run = trainer(tmp_path, recipe="cross-entropy", outside=None, max_steps=1)
+    run.train()
+    run.save_model(str(tmp_path / "student"))
+    assert not (tmp_path / "student" / "projector.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+
+
+class StopAt(TrainerCallback):
+    """Leaves the training loop as an error would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_where_the_other_does(tmp_path, recipe, accumulate):
+    options = {
+        "recipe": recipe, "outside": None, "max_steps": 10, "save_strategy": "steps",
+        "save_steps": 3, "gradient_accumulation_steps": accumulate, "eval_strategy": "steps",
+        "eval_steps": 5,
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+
+    cut = trainer(tmp_path / "cut", **options)
+    cut.add_callback(StopAt(8))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    assert last_checkpoint(tmp_path / "cut").name == "checkpoint-6"
+
+    resumed = trainer(tmp_path / "cut", **options)
+    with torch.no_grad():  # nothing of the new process's start may be left
+        for p in resumed.distiller.parameters():
+            p.add_(1.0)
+    resumed.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "cut")))
+    assert_same(weights(resumed), weights(whole), rtol=0, atol=0)
+    for key in ("loss", "ce", "cosine", "logit", "learning_rate", "eval_bits_per_byte"):
+        assert logged(resumed, key) == logged(whole, key), key
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    run.train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # it is written last
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+# --- bad input, before anything is written ---
+
+
+def test_too_little_coverage(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"Alignment covers .*minimum 90%.*row 1 with 0\.0%"):
+        SRATrainer(
+            tiny.student_model(),
+            tiny.teacher_model(),
+            SRAConfig(output_dir=str(folder), use_cpu=True, report_to="none"),
+            train_dataset=[tiny.ROWS[0], tiny.ROWS[4]],
+            processing_class=tiny.student_tokenizer(),
+            teacher_processing_class=tiny.lossy_tokenizer(),
+        )
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("recipe", ["cross-entropy", "boundary"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x"}, "Row 8: there is no 'completion'"),
+        ({"prompt": "x", "completion": " "}, "Row 8: the completion is empty"),
+        ({"prompt": "word " * 200, "completion": "y"}, r"Row 8 .*max_length = 100\. Raise"),
+    ],
+)
+def test_a_row_that_cannot_be_learnt(tmp_path, recipe, row, message):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        trainer(folder, recipe=recipe, outside=None, rows=[*tiny.ROWS, row], max_length=100)
+    assert not folder.exists()
+
+
+def test_a_broken_row_of_the_held_out_data(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="Row 1 of eval_dataset: there is no 'prompt'"):
+        SRATrainer(
+            tiny.student_model(),
+            None,
+            SRAConfig(output_dir=str(folder), recipe="cross-entropy", use_cpu=True),
+            train_dataset=tiny.ROWS,
+            eval_dataset=[tiny.ROWS[0], {"completion": "x"}],
+            processing_class=tiny.student_tokenizer(),
+        )
+    assert not folder.exists()
+
+
+def test_no_teacher(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="needs a teacher"):
+        SRATrainer(
+            tiny.student_model(),
+            args=SRAConfig(output_dir=str(folder), use_cpu=True),
+            train_dataset=tiny.ROWS,
+            processing_class=tiny.student_tokenizer(),
+        )
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "best"}, "There is no recipe 'best'"),
+        ({"alpha": 2.0}, "alpha = 2.0"),
+        ({"outside": "drop"}, "outside = 'drop'"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True would remove the text"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        SRAConfig(output_dir=str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_none_keeps_what_the_recipe_says():
+    config = SRAConfig(output_dir="x", recipe="paper", gamma=0.0)
+    assert config.objective().gamma == 0
+    assert config.objective().temperature == 2
+    assert json.loads(config.to_json_string())["recipe"] == "paper"
+
+
+# --- what is shown ---
+
+
+def test_the_bar_shows_the_terms(tmp_path, capsys):
+    run = trainer(tmp_path, disable_tqdm=False, max_steps=2, eval_strategy="steps", eval_steps=1)
+    assert any(isinstance(c, LiveTerms) for c in run.callback_handler.callbacks)
+    run.train()
+    shown = capsys.readouterr().err
+    for name in ("loss=", "ce=", "cosine=", "geometry=", "logit=", "bits_per_byte="):
+        assert name in shown
+
+
+def test_no_bar_where_none_is_wanted(tmp_path, capsys):
+    run = trainer(tmp_path, disable_tqdm=True, max_steps=1)
+    assert not any(isinstance(c, LiveTerms) for c in run.callback_handler.callbacks)
+    run.train()
+    assert "loss=" not in capsys.readouterr().err
