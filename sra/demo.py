@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
-import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from sra.alignment import SpanAligner
@@ -31,8 +32,8 @@ from sra.precision import faster_dtype
 from sra.teacher_cache import TeacherCache
 from sra.trainer import SRAConfig, SRATrainer
 
-MAX_TOKENS = 160  # rows are chosen to fit, so that a step takes seconds on two cores
-HELD_OUT = 48
+MAX_TOKENS = 128  # rows are chosen to fit, so that a step takes seconds on two cores
+HELD_OUT = 40
 BATCH = 4
 LEARNING_RATE = 3e-4
 RECIPES = ("cross-entropy", "paper", "boundary")
@@ -48,7 +49,7 @@ class Regime:
     steps: int
 
 
-REGIMES = (Regime("fresh", rows=160, steps=40), Regime("little", rows=32, steps=64))
+REGIMES = (Regime("fresh", rows=160, steps=40), Regime("little", rows=32, steps=48))
 
 
 @dataclass
@@ -86,7 +87,8 @@ def run_demo(*, student: str, teacher: str, layers: int, output: Path, scale: fl
     if scale <= 0:
         raise ValueError(f"--scale {scale}: it must be positive.")
     tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
-    held_out, rows = choose_rows(SpanCollator(SpanAligner(tokenizer, teacher_tokenizer)))
+    collator = SpanCollator(SpanAligner(tokenizer, teacher_tokenizer), max_length=2 * MAX_TOKENS)
+    held_out, rows = choose_rows(collator)
     output.mkdir(parents=True, exist_ok=True)
 
     whole = load_model(student)
@@ -110,26 +112,26 @@ def run_demo(*, student: str, teacher: str, layers: int, output: Path, scale: fl
         if recipe != "cross-entropy" and remembered is None:
             model = load_model(teacher)
             bits = measure(model, teacher_tokenizer, held_out)
-            before.insert(0, Result("", f"{teacher}: the teacher", bits, []))
-            print(f"  {bits:.3f}  {before[0].run}")
             remembered = TeacherCache(model.to(dtype))
+            seconds = remember(remembered, collator, rows)
+            name = f"{teacher}: the teacher (s for a batch of {BATCH}, once)"
+            before.insert(0, Result("", name, bits, [], seconds_per_step=seconds))
+            print(f"  {bits:.3f}  {name}: {seconds:.2f}")
         for regime in REGIMES:
-            folder = output / regime.name / recipe
-            shutil.rmtree(folder, ignore_errors=True)
-            result = train(
-                recipe, regime, max(2, round(regime.steps * scale)), folder,
+            result, trainer = train(
+                recipe, regime, max(2, round(regime.steps * scale)), output,
                 start=output / "start", teacher=remembered, bf16=dtype == torch.bfloat16,
                 tokenizers=(tokenizer, teacher_tokenizer), train_rows=rows[: regime.rows],
                 held_out=held_out,
             )  # fmt: skip
             result.curve.insert(0, (0, start_bits))
             results.append(result)
+            if result is min(results, key=lambda r: r.bits_per_byte):
+                trainer.save_model(str(output / "best"))
             print(f"  {result.bits_per_byte:.3f}  {recipe}, {regime.name}")
 
     results.sort(key=lambda r: [regime.name for regime in REGIMES].index(r.regime))
     best = min(results, key=lambda r: r.bits_per_byte)
-    shutil.rmtree(output / "best", ignore_errors=True)
-    shutil.copytree(output / best.regime / best.run, output / "best")
     table = markdown([*before, *results])
     (output / "table.md").write_text(table)
     (output / "results.json").write_text(
@@ -158,6 +160,16 @@ def choose_rows(collator: SpanCollator) -> tuple[list[Row], list[Row]]:
     return fitting[:HELD_OUT], fitting[HELD_OUT:]
 
 
+def remember(cache: TeacherCache, collator: SpanCollator, rows: list[Row]) -> float:
+    """Let the teacher read all rows once, so that every run finds its states; seconds a batch."""
+    starts = range(0, len(rows), BATCH)
+    began = time.perf_counter()
+    for start in tqdm(starts, desc="the teacher reads", leave=False):
+        batch = collator(rows[start : start + BATCH])
+        cache.states(batch["teacher_input_ids"], batch["teacher_attention_mask"])
+    return (time.perf_counter() - began) / len(starts)
+
+
 def measure(model: Any, tokenizer: Any, rows: list[Row]) -> float:
     return bits_per_byte(model, tokenizer, rows, max_length=2 * MAX_TOKENS)
 
@@ -166,7 +178,7 @@ def train(
     recipe: str,
     regime: Regime,
     steps: int,
-    folder: Path,
+    output: Path,
     *,
     start: Path,
     teacher: TeacherCache | None,
@@ -174,15 +186,15 @@ def train(
     train_rows: list[Row],
     held_out: list[Row],
     bf16: bool,
-) -> Result:
-    """One run; leaves the plain student in `folder`."""
+) -> tuple[Result, SRATrainer]:
+    """One run, and the trainer that holds its student."""
     print(f"\n{recipe}, {regime.name}: {steps} steps of {BATCH} of {len(train_rows)} rows")
     reset_peak()
     trainer = SRATrainer(
         load_model(str(start)),
         teacher,
         SRAConfig(
-            output_dir=str(folder),
+            output_dir=str(output),
             recipe=recipe,
             max_steps=steps,
             per_device_train_batch_size=BATCH,
@@ -191,7 +203,7 @@ def train(
             warmup_steps=max(1, steps // 10),
             logging_steps=1,
             eval_strategy="steps",
-            eval_steps=max(1, steps // 4),
+            eval_steps=max(1, math.ceil(steps / 4)),
             save_strategy="no",
             max_length=2 * MAX_TOKENS,
             seed=0,
@@ -213,8 +225,7 @@ def train(
     ]
     if not curve or curve[-1][0] != steps:
         curve.append((steps, trainer.evaluate()["eval_bits_per_byte"]))
-    trainer.save_model(str(folder))
-    return Result(
+    result = Result(
         regime.name,
         recipe,
         curve[-1][1],
@@ -224,6 +235,7 @@ def train(
         coverage=trainer.coverage,
         shared_mass=teacher_shared_mass(trainer, train_rows[: 4 * BATCH]),
     )
+    return result, trainer
 
 
 @torch.no_grad()
