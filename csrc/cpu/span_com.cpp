@@ -17,8 +17,9 @@
 namespace sra {
 namespace {
 
-// Columns summed at a time: 2 KiB of float accumulators stay in the first-level cache.
-constexpr int64_t kColumns = 512;
+// Columns summed at a time: 8 KiB of float accumulators stay in the first-level cache, and each row
+// is read in runs long enough for the prefetcher.
+constexpr int64_t kColumns = 2048;
 // Below this many elements a second thread costs more than it brings (~10 us to wake one).
 constexpr int64_t kElementsPerThread = 16384;
 
@@ -41,48 +42,62 @@ ALWAYS_INLINE double mass_of(const A* weights, Span s) {
   return mass;
 }
 
-// The share of row t in its span. A span of zero mass falls back to its plain mean.
+// The share of each row in its span. A span of zero mass falls back to its plain mean, which reads a
+// weight of 1 again and again: without a branch, the loops that use a share vectorise.
 template <class A>
-ALWAYS_INLINE A share(const A* weights, double mass, Span s, int64_t t) {
-  if (s.end - s.begin == 1) return A(1);
-  if (!weights || mass == 0) return A(1.0 / double(s.end - s.begin));
-  return A(double(weights[t]) / mass);
-}
+class Shares {
+ public:
+  ALWAYS_INLINE Shares(const A* weights, double mass, Span s) {
+    const int64_t length = s.end - s.begin;
+    const bool plain = !weights || mass == 0 || length == 1;
+    weights_ = plain ? &kOne : weights;
+    step_ = plain ? 0 : 1;
+    mass_ = plain ? double(length) : mass;
+  }
+  ALWAYS_INLINE A operator()(int64_t t) const { return A(double(weights_[t * step_]) / mass_); }
+
+ private:
+  static constexpr A kOne = 1;
+  const A* weights_;
+  int64_t step_;
+  double mass_;
+};
 
 // com[s, first:last] for one span, rounded to O.
 template <class T, class O>
 ALWAYS_INLINE void forward_span(const sra_span_com& p, int64_t s, int64_t first, int64_t last,
-                                double mass, bool stream) {
+                                double mass) {
   using A = acc_t<T>;
   const Span span = span_of(p, s);
   const A* weights = static_cast<const A*>(p.weights);
   const T* hidden = static_cast<const T*>(p.hidden);
   O* com = static_cast<O*>(p.com) + s * p.dim;
   const auto row = [&](int64_t t) { return hidden + t * p.hidden_stride; };
-  const auto w = [&](int64_t t) { return share(weights, mass, span, t); };
+  const Shares<A> w(weights, mass, span);
   const int64_t b = span.begin, length = span.end - span.begin;
 
   // 94 % of real spans are one token, nearly all the rest two or three: no accumulators for those.
   if (length == 0) {
-    write_row(com + first, last - first, stream, [](int64_t) { return A(0); });
+    write_row(com + first, last - first, [](int64_t) { return A(0); });
   } else if (length == 1) {
     const T* r0 = row(b) + first;
-    write_row(com + first, last - first, stream, [=](int64_t i) { return load(r0[i]); });
+    copy_row(com + first, r0, last - first);
   } else if (length == 2) {
     const T *r0 = row(b) + first, *r1 = row(b + 1) + first;
     const A w0 = w(b), w1 = w(b + 1);
-    write_row(com + first, last - first, stream,
+    write_row(com + first, last - first,
               [=](int64_t i) { return w0 * load(r0[i]) + w1 * load(r1[i]); });
   } else if (length == 3) {
     const T *r0 = row(b) + first, *r1 = row(b + 1) + first, *r2 = row(b + 2) + first;
     const A w0 = w(b), w1 = w(b + 1), w2 = w(b + 2);
-    write_row(com + first, last - first, stream, [=](int64_t i) {
+    write_row(com + first, last - first, [=](int64_t i) {
       return w0 * load(r0[i]) + w1 * load(r1[i]) + w2 * load(r2[i]);
     });
   } else {
     for (int64_t d = first; d < last; d += kColumns) {
       const int64_t n = std::min(kColumns, last - d);
-      A sum[kColumns] = {};
+      A sum[kColumns];
+      std::fill_n(sum, n, A(0));
       int64_t t = b;
       for (; t + 4 <= span.end; t += 4) {
         const T *r0 = row(t) + d, *r1 = row(t + 1) + d, *r2 = row(t + 2) + d, *r3 = row(t + 3) + d;
@@ -95,7 +110,7 @@ ALWAYS_INLINE void forward_span(const sra_span_com& p, int64_t s, int64_t first,
         const A w0 = w(t);
         for (int64_t i = 0; i < n; ++i) sum[i] += w0 * load(r0[i]);
       }
-      write_row(com + d, n, stream, [&](int64_t i) { return sum[i]; });
+      write_row(com + d, n, [&](int64_t i) { return sum[i]; });
     }
   }
 }
@@ -103,15 +118,15 @@ ALWAYS_INLINE void forward_span(const sra_span_com& p, int64_t s, int64_t first,
 // Spans first_span..last_span of at most long_rows rows, whole rows of com each.
 template <class T>
 ALWAYS_INLINE void forward_range(const sra_span_com& p, int64_t first_span, int64_t last_span,
-                                 int64_t long_rows, bool stream) {
+                                 int64_t long_rows) {
   using A = acc_t<T>;
   for (int64_t s = first_span; s < last_span; ++s) {
     const Span span = span_of(p, s);
     if (span.end - span.begin > long_rows) continue;
     const double mass = mass_of(static_cast<const A*>(p.weights), span);
     static_cast<A*>(p.mass)[s] = A(mass);
-    if (p.wide_com) forward_span<T, A>(p, s, 0, p.dim, mass, stream);
-    else forward_span<T, T>(p, s, 0, p.dim, mass, stream);
+    if (p.wide_com) forward_span<T, A>(p, s, 0, p.dim, mass);
+    else forward_span<T, T>(p, s, 0, p.dim, mass);
   }
 }
 
@@ -121,8 +136,8 @@ ALWAYS_INLINE void forward_columns(const sra_span_com& p, int64_t s, int64_t fir
   using A = acc_t<T>;
   const double mass = mass_of(static_cast<const A*>(p.weights), span_of(p, s));
   if (first == 0) static_cast<A*>(p.mass)[s] = A(mass);
-  if (p.wide_com) forward_span<T, A>(p, s, first, last, mass, false);
-  else forward_span<T, T>(p, s, first, last, mass, false);
+  if (p.wide_com) forward_span<T, A>(p, s, first, last, mass);
+  else forward_span<T, T>(p, s, first, last, mass);
 }
 
 template <class T, class A>
@@ -142,7 +157,7 @@ ALWAYS_INLINE A centred_dot(const T* grad, const T* hidden, const A* com, int64_
 // Rows first..last of the gradients. The spans that cover a row are a contiguous range, because
 // both columns of spans are non-decreasing: so this gathers, and needs no atomics.
 template <class T>
-ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t last, bool stream) {
+ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const A* weights = static_cast<const A*>(p.weights);
   const A* mass = static_cast<const A*>(p.mass);
@@ -169,21 +184,23 @@ ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t 
     if (grad_hidden) {
       T* out = grad_hidden + t * p.dim;
       if (hi == lo) {
-        write_row(out, p.dim, stream, [](int64_t) { return A(0); });
+        write_row(out, p.dim, [](int64_t) { return A(0); });
       } else if (hi == lo + 1) {
         const T* g = grad_com + lo * p.dim;
-        const A w = share(weights, mass[lo], span_of(p, lo), t);
-        write_row(out, p.dim, stream, [=](int64_t i) { return w * load(g[i]); });
+        const A w = Shares<A>(weights, mass[lo], span_of(p, lo))(t);
+        if (w == 1) copy_row(out, g, p.dim);
+        else write_row(out, p.dim, [=](int64_t i) { return w * load(g[i]); });
       } else {
         for (int64_t d = 0; d < p.dim; d += kColumns) {
           const int64_t n = std::min(kColumns, p.dim - d);
-          A sum[kColumns] = {};
+          A sum[kColumns];
+          std::fill_n(sum, n, A(0));
           for (int64_t s = lo; s < hi; ++s) {
             const T* g = grad_com + s * p.dim + d;
-            const A w = share(weights, mass[s], span_of(p, s), t);
+            const A w = Shares<A>(weights, mass[s], span_of(p, s))(t);
             for (int64_t i = 0; i < n; ++i) sum[i] += w * load(g[i]);
           }
-          write_row(out + d, n, stream, [&](int64_t i) { return sum[i]; });
+          write_row(out + d, n, [&](int64_t i) { return sum[i]; });
         }
       }
     }
@@ -191,7 +208,8 @@ ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t 
       A sum = 0;
       for (int64_t s = lo; s < hi; ++s) {
         sum += grad_mass[s];
-        if (mass[s] == 0) continue;  // the fallback to the plain mean does not depend on weights
+        // The fallback to the plain mean does not depend on the weights, nor does a lone row.
+        if (mass[s] == 0 || p.spans[2 * s + 1] - p.spans[2 * s] == 1) continue;
         const T* hidden = static_cast<const T*>(p.hidden) + t * p.hidden_stride;
         const A* com = static_cast<const A*>(p.com) + s * p.dim;
         sum += centred_dot<T, A>(grad_com + s * p.dim, hidden, com, p.dim) / mass[s];
@@ -202,15 +220,14 @@ ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t 
 }
 
 #define FOR_DTYPE(NAME, T)                                                                        \
-  CLONES void forward_range_##NAME(const sra_span_com& p, int64_t a, int64_t b, int64_t l,        \
-                                   bool stream) {                                                 \
-    forward_range<T>(p, a, b, l, stream);                                                         \
+  CLONES void forward_range_##NAME(const sra_span_com& p, int64_t a, int64_t b, int64_t l) {      \
+    forward_range<T>(p, a, b, l);                                                                 \
   }                                                                                               \
   CLONES void forward_columns_##NAME(const sra_span_com& p, int64_t s, int64_t a, int64_t b) {    \
     forward_columns<T>(p, s, a, b);                                                               \
   }                                                                                               \
-  CLONES void backward_range_##NAME(const sra_span_com& p, int64_t a, int64_t b, bool stream) {   \
-    backward_range<T>(p, a, b, stream);                                                           \
+  CLONES void backward_range_##NAME(const sra_span_com& p, int64_t a, int64_t b) {                \
+    backward_range<T>(p, a, b);                                                                   \
   }
 FOR_DTYPE(f32, float)
 FOR_DTYPE(bf16, bf16)
@@ -219,9 +236,9 @@ FOR_DTYPE(f64, double)
 #undef FOR_DTYPE
 
 struct Kernels {
-  void (*forward_range)(const sra_span_com&, int64_t, int64_t, int64_t, bool);
+  void (*forward_range)(const sra_span_com&, int64_t, int64_t, int64_t);
   void (*forward_columns)(const sra_span_com&, int64_t, int64_t, int64_t);
-  void (*backward_range)(const sra_span_com&, int64_t, int64_t, bool);
+  void (*backward_range)(const sra_span_com&, int64_t, int64_t);
   int64_t element_bytes;
 };
 
@@ -285,8 +302,9 @@ int sra_span_com_forward(const sra_span_com* params) {
   for (int64_t s = 0; s < p.count; ++s)
     work[s + 1] = work[s] + 1 + p.spans[2 * s + 1] - p.spans[2 * s];
   const int threads = threads_for(work[p.count] * p.dim, p.threads);
+  const int64_t com_bytes = p.wide_com && p.dtype != SRA_F64 ? 4 : kernels.element_bytes;
+  prefer_huge_pages(p.com, p.count * p.dim * com_bytes);
   const int64_t long_rows = std::max<int64_t>(64, work[p.count] / (4 * threads));
-  const bool stream = p.count * p.dim * kernels.element_bytes > kStreamBytes;
 
   const auto run = [&](int64_t i, int64_t n) {
     const auto span_at = [&](int64_t w) {
@@ -294,14 +312,13 @@ int sra_span_com_forward(const sra_span_com* params) {
     };
     const int64_t first = i == 0 ? 0 : span_at(part(work[p.count], i, n));
     const int64_t last = i + 1 == n ? p.count : span_at(part(work[p.count], i + 1, n));
-    kernels.forward_range(p, first, last, long_rows, stream);
+    kernels.forward_range(p, first, last, long_rows);
     for (int64_t s = 0; s < p.count; ++s) {
       if (p.spans[2 * s + 1] - p.spans[2 * s] <= long_rows) continue;
       const int64_t blocks = (p.dim + 15) / 16;  // whole cache lines to each thread
       kernels.forward_columns(p, s, part(blocks, i, n) * 16,
                               std::min(p.dim, part(blocks, i + 1, n) * 16));
     }
-    if (stream) finish_streaming();
   };
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
@@ -318,11 +335,10 @@ int sra_span_com_backward(const sra_span_com* params) {
   if (const int status = refuse(p)) return status;
   const Kernels& kernels = *kernels_for(p.dtype);
   const int threads = threads_for(p.tokens * p.dim, p.threads);
-  const bool stream = p.tokens * p.dim * kernels.element_bytes > kStreamBytes;
+  if (p.grad_hidden) prefer_huge_pages(p.grad_hidden, p.tokens * p.dim * kernels.element_bytes);
 
   const auto run = [&](int64_t i, int64_t n) {
-    kernels.backward_range(p, part(p.tokens, i, n), part(p.tokens, i + 1, n), stream);
-    if (stream) finish_streaming();
+    kernels.backward_range(p, part(p.tokens, i, n), part(p.tokens, i + 1, n));
   };
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)

@@ -1,4 +1,4 @@
-// What every CPU kernel shares: element types, rounding, streaming stores, work splitting.
+// What every CPU kernel shares: element types, rounding, writing rows, huge pages.
 #ifndef SRA_CPU_VECTOR_H
 #define SRA_CPU_VECTOR_H
 
@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -48,13 +49,16 @@ ALWAYS_INLINE float load(bf16 x) {
   return f;
 }
 
-ALWAYS_INLINE void round_to(float& out, float x) { out = x; }
-ALWAYS_INLINE void round_to(double& out, double x) { out = x; }
-ALWAYS_INLINE void round_to(bf16& out, float x) {  // to nearest, ties to even; NaN stays NaN
+template <class T>
+ALWAYS_INLINE void round_to(T& out, T x) {
+  out = x;
+}
+// To nearest, ties to even. A NaN that arithmetic made, or that came from a bf16, has a low half of
+// zeros and stays NaN.
+ALWAYS_INLINE void round_to(bf16& out, float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  out.bits = (u & 0x7fffffffu) > 0x7f800000u ? uint16_t((u >> 16) | 0x40u) : uint16_t(rounded);
+  out.bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
 #if defined(__FLT16_MAX__)
@@ -71,35 +75,35 @@ ALWAYS_INLINE void round_to(f16& out, float x) {
 #error "This compiler has no _Float16: use gcc >= 12 or clang >= 15, or SRA_KERNELS_BUILD=none."
 #endif
 
-// Outputs larger than this are streamed past the caches: they would not stay in them, and an
-// ordinary store reads every line first (measured, 64 MiB backward: 1.4x faster streamed).
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
-
-// Writes f(0..n) to out. With `stream`, whole cache lines bypass the caches.
+// Writes f(0..n) to out. Ordinary stores: on huge pages they are as fast as ones that bypass the
+// caches, or faster (measured, 64 MiB backward, float32: 6.3 ms against 7.3).
 template <class T, class F>
-ALWAYS_INLINE void write_row(T* out, int64_t n, bool stream, F f) {
-  int64_t i = 0;
-#if defined(__x86_64__)
-  if (stream) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t head = int64_t((64 - (reinterpret_cast<uintptr_t>(out) & 63)) & 63) / sizeof(T);
-    for (; i < std::min(head, n); ++i) round_to(out[i], f(i));
-    for (; i + kLine <= n; i += kLine) {
-      alignas(64) T line[kLine];
-      for (int64_t k = 0; k < kLine; ++k) round_to(line[k], f(i + k));
-      const __m128i* from = reinterpret_cast<const __m128i*>(line);
-      __m128i* to = reinterpret_cast<__m128i*>(out + i);
-      for (int k = 0; k < 4; ++k) _mm_stream_si128(to + k, _mm_load_si128(from + k));
-    }
-  }
-#endif
-  for (; i < n; ++i) round_to(out[i], f(i));
+ALWAYS_INLINE void write_row(T* __restrict out, int64_t n, F f) {
+  for (int64_t i = 0; i < n; ++i) round_to(out[i], f(i));
 }
 
-// Streamed stores become visible to other threads in order only after this.
-inline void finish_streaming() {
-#if defined(__x86_64__)
-  _mm_sfence();
+// Writes `from` to out, bit by bit where the types agree.
+template <class O, class T>
+ALWAYS_INLINE void copy_row(O* out, const T* from, int64_t n) {
+  if constexpr (std::is_same<O, T>::value) std::memcpy(out, from, size_t(n) * sizeof(T));
+  else write_row(out, n, [=](int64_t i) { return load(from[i]); });
+}
+
+// Outputs of this size ask for huge pages: one of 2 MiB fits whole, wherever they begin.
+constexpr int64_t kHugeBytes = int64_t(4) << 20;
+
+// Asks for huge pages before a large output is first touched. Memory fresh from the system costs
+// more than the arithmetic: 8,192 page faults for 32 MiB, or 16 (numpy does the same). It is advice:
+// where the system does not take it, nothing is lost.
+inline void prefer_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 65536;  // the largest that a system of today uses as its small one
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (address + uintptr_t(bytes)) / kPage * kPage;
+  if (bytes >= kHugeBytes) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
 #endif
 }
 
