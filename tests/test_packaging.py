@@ -1,0 +1,164 @@
+"""The build with and without a compiler, and what the package says where the library is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NO_COMPILER = {"CC": "/nonexistent", "CXX": "/nonexistent"}
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+
+def run(argv, cwd, **environment):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SRA_")}
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, env=kept | environment, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path):
+    """What the build reads, in a folder of its own, so that nothing is written beside the code."""
+    folder = tmp_path / "source"
+    for part in ("csrc", "sra_kernels", "sra"):
+        shutil.copytree(
+            ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, folder)
+    return folder
+
+
+def build(source, **environment):
+    argv = ["setup.py", "build_ext", "--build-temp", "../temp", "--build-lib", "../lib"]
+    return run(argv, source, **environment)
+
+
+def libraries(source):
+    return sorted(p.name for p in source.parent.rglob("*.so"))
+
+
+@pytest.mark.parametrize("choice", [{}, {"SRA_KERNELS_BUILD": "auto"}])
+def test_without_a_compiler_the_install_goes_on_and_says_why(source, choice):
+    done = build(source, **NO_COMPILER, **choice)
+    assert done.returncode == 0, done.stderr
+    assert "sra: sra_kernels._cpu was not built (" in done.stdout
+    assert "/nonexistent" in done.stdout
+    assert "the torch backend will serve" in done.stdout
+    assert libraries(source) == []
+
+
+def test_an_editable_install_without_a_compiler(source):
+    argv = ["setup.py", "build_ext", "--inplace", "--build-temp", "../temp"]
+    done = run(argv, source, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert "was not built" in done.stdout
+    assert libraries(source) == []
+
+
+def test_a_demanded_library_that_cannot_be_built_fails(source):
+    done = build(source, **NO_COMPILER, SRA_KERNELS_BUILD="cpu")
+    assert done.returncode != 0
+    assert "/nonexistent" in done.stderr
+    assert libraries(source) == []
+
+
+def test_code_that_does_not_compile_fails_where_the_library_is_demanded(source):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler on this machine")
+    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+        path.write_text("this is no C++\n")
+    assert build(source, SRA_KERNELS_BUILD="cpu").returncode != 0
+    done = build(source)
+    assert done.returncode == 0
+    assert "was not built" in done.stdout
+
+
+def test_the_library_can_be_left_out(source):
+    done = build(source, **NO_COMPILER, SRA_KERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert "was not built" not in done.stdout
+    assert libraries(source) == []
+
+
+def test_an_unknown_choice_names_the_known_ones(source):
+    done = build(source, SRA_KERNELS_BUILD="gpu")
+    assert done.returncode != 0
+    assert "SRA_KERNELS_BUILD='gpu' is unknown. Use auto, cpu or none." in done.stderr
+
+
+USE = """
+import torch, sra_kernels
+hidden = torch.tensor([[1.0, 0.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
+com, mass = sra_kernels.span_com(hidden, torch.tensor([[0, 2], [2, 3]]))
+com.sum().backward()
+assert com.tolist() == [[2.0, 2.0], [5.0, 6.0]]
+assert hidden.grad.tolist() == [[0.5, 0.5], [0.5, 0.5], [1.0, 1.0]]
+print(sra_kernels.backends()["cpu"])
+print(sra_kernels.explain(sra_kernels.span_com, hidden, torch.tensor([[0, 2]])))
+"""
+
+
+def test_a_package_without_the_library_works_and_says_why(source):
+    done = run(["-c", USE], source)
+    assert done.returncode == 0, done.stderr
+    cpu, plan = done.stdout.splitlines()
+    assert cpu.startswith("no: _cpu.so was not built: there was no C++ compiler at install")
+    assert "Install g++ and run `pip install .` again" in cpu
+    assert plan.startswith("span_com: torch (_cpu.so was not built")
+
+
+@pytest.mark.parametrize("content", [b"", b"no library at all"])
+def test_a_library_that_does_not_load_is_named(source, content):
+    (source / "sra_kernels" / "_cpu.so").write_bytes(content)
+    done = run(["-c", USE], source)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no: _cpu.so did not load: ")
+    assert "Run `pip install .` again on this machine" in done.stdout
+
+
+def test_asking_for_the_missing_library_raises_with_the_reason(source):
+    done = run(["-c", USE], source, SRA_KERNELS_BACKEND="cpu")
+    assert done.returncode != 0
+    assert "The backend 'cpu' was asked for span_com, but _cpu.so was not built" in done.stderr
+    assert "Use use_backend('auto')" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["torch", "reference", "auto"])
+def test_the_backend_is_chosen_by_the_environment(name):
+    done = run(["-c", USE], ROOT, SRA_KERNELS_BACKEND=name)
+    assert done.returncode == 0, done.stderr
+    if name != "auto":
+        assert f"span_com: {name} (use_backend({name!r}) or SRA_KERNELS_BACKEND)" in done.stdout
+
+
+def test_an_unknown_backend_in_the_environment():
+    done = run(["-c", USE], ROOT, SRA_KERNELS_BACKEND="gpu")
+    assert done.returncode != 0
+    assert "There is no backend 'gpu'. Choose one of auto, cpu, torch" in done.stderr
+
+
+def test_pip_installs_a_package_that_works(source, tmp_path):
+    """Built by pip, used from where it lands; nothing of the source tree is on the path."""
+    target = tmp_path / "installed"
+    argv = [
+        "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+        "--no-build-isolation", "--no-index", "--target", target, source,
+    ]  # fmt: skip
+    done = run(argv, tmp_path, SRA_KERNELS_BUILD="auto" if COMPILER else "none")
+    assert done.returncode == 0, done.stderr
+    installed = {str(p.relative_to(target)) for p in target.rglob("*")}
+    assert {"sra/py.typed", "sra_kernels/py.typed", "sra/cli.py", "bin/sra"} <= installed
+    assert not any(name.split("/")[0] in ("tests", "benchmarks", "csrc") for name in installed)
+    assert ("sra_kernels/_cpu.so" in installed) == (COMPILER is not None)
+    code = f"{USE}\nassert {str(target)!r} in sra_kernels.__file__"
+    done = run(["-c", code], tmp_path, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("yes: C++ for span_com" if COMPILER else "no: ")
