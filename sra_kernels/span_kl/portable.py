@@ -105,7 +105,7 @@ def plan(
 
 def block_bytes(rows: int, columns: int, dtype: torch.dtype, direction: str, outside: str) -> int:
     """What `compare` and its inputs hold at once, counted in buffers of [rows, columns]."""
-    buffers = (17 if direction == "jsd" else 12) + (3 if outside == "bucket" else 0)
+    buffers = (18 if direction == "jsd" else 13) + (3 if outside == "bucket" else 0)
     return buffers * rows * columns * check.accumulator(dtype).itemsize
 
 
@@ -207,11 +207,13 @@ def through_softmax(p: Tensor, slope: Tensor) -> Tensor:
 
 
 def divergence_terms(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
-    """p φ(r) with r = log q − log p, written so that p = 0 gives q and q = 0 < p gives +inf."""
+    """p φ(r) with r = log q − log p; q where p is 0.
+
+    p eʳ carries the rounding of a large r, so there q itself is taken; near 0 nothing cancels.
+    """
     near = torch.expm1(ratio).sub_(ratio).mul_(p)
-    # Only p = 0 makes p·r NaN here (0·inf); NaN logits are NaN in p and q as well, and stay.
-    far = (p * ratio).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).neg_().add_(q - p)
-    return torch.where(ratio.abs() < 0.5, near, far)
+    far = (q - p).addcmul_(p, ratio, value=-1)
+    return torch.where(p == 0, q, torch.where(ratio > 1, far, near))
 
 
 def shared_mass(logits: Tensor, shared: Tensor, ids: Tensor | None) -> Tensor:
