@@ -120,7 +120,7 @@ def sample(
 
 def shared_ids(
     student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int
-) -> tuple[list[int], list[int]]:
+) -> tuple[Tensor, Tensor]:
     """Ids of equal raw strings that have a row in their head."""
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     pairs = [
@@ -128,7 +128,7 @@ def shared_ids(
         for token in sorted(ours)
         if token in theirs and ours[token] < student_rows and theirs[token] < teacher_rows
     ]
-    return [s for s, _ in pairs], [t for _, t in pairs]
+    return torch.tensor([s for s, _ in pairs]), torch.tensor([t for _, t in pairs])
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def centre(side: Side, span: tuple[int, int]) -> Tensor:
     return sum(side.mass[t] * side.hidden[t] for t in tokens) / sum(side.mass[t] for t in tokens)
 
 
-def with_the_rest(probabilities: Tensor, ids: list[int]) -> Tensor:
+def with_the_rest(probabilities: Tensor, ids: Tensor) -> Tensor:
     """The listed classes, and all others as one more."""
     rest = torch.ones_like(probabilities, dtype=torch.bool)
     rest[ids] = False
@@ -154,7 +154,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 def divergence(
     student: Tensor,
     teacher: Tensor,
-    vocabulary: tuple[list[int], list[int]],
+    vocabulary: tuple[Tensor, Tensor],
     *,
     temperature: float,
     outside: Literal["renormalise", "weight", "bucket"],
@@ -185,7 +185,7 @@ def objective(
     student_head: Any,
     teacher_head: Any,
     projector: Tensor | None,
-    vocabulary: tuple[list[int], list[int]],
+    vocabulary: tuple[Tensor, Tensor],
     alpha: float,
     gamma: float,
     power: float,
