@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sra.alignment import SpanAligner, SpanTable
 from sra.chat import render_prompt
+from sra.token_bytes import clean_text
 
 IGNORED = -100
 
@@ -42,6 +43,8 @@ def check_row(row: Any, where: str) -> None:
 def load_rows(path: str | Path) -> list[dict[str, str]]:
     """Rows of a JSONL file, one ``{"prompt": str, "completion": str}`` a line.
 
+    What is no text (bytes that are not UTF-8, lone surrogates) becomes U+FFFD.
+
     Raises:
         FileNotFoundError, ValueError: with the file and the line.
     """
@@ -51,7 +54,7 @@ def load_rows(path: str | Path) -> list[dict[str, str]]:
             f"{path}: no such file. Pass a JSONL file of prompts and completions."
         )
     rows = []
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -61,7 +64,7 @@ def load_rows(path: str | Path) -> list[dict[str, str]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from None
             check_row(row, where)
-            rows.append({"prompt": row["prompt"], "completion": row["completion"]})
+            rows.append({key: clean_text(row[key]) for key in ("prompt", "completion")})
     if not rows:
         raise ValueError(f"{path} holds no rows. Write one JSON object a line.")
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sra import SpanAligner, SpanCollator, load_rows
+from sra import SpanAligner, SpanCollator, bits_per_byte, load_rows
 from sra.data import IGNORED, check_coverage
 from tests import real_tokenizers, tiny
 
@@ -238,10 +239,16 @@ def test_a_broken_row_in_a_batch():
         tiny.collator()([tiny.ROWS[0], {"prompt": "x"}])
 
 
-def test_bytes_that_are_no_text_do_not_stop_a_batch(tmp_path):
+def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\\ud800?", "completion": "caf\xe9 \\udc00 ok"}\n')
-    batch = tiny.collator()(load_rows(path))
+    rows = load_rows(path)
+    assert rows == [{"prompt": "\ufffd?", "completion": "caf\ufffd \ufffd ok"}]
+    assert math.isfinite(bits_per_byte(tiny.student_model(), tiny.student_tokenizer(), rows))
+
+
+def test_lone_surrogates_do_not_stop_a_batch():
+    batch = tiny.collator()([{"prompt": "\ud800?", "completion": "caf\udce9 ok"}])
     student = decoded(tiny.student_tokenizer(), batch["input_ids"], batch["student_spans"])
     teacher = decoded(tiny.teacher_tokenizer(), batch["teacher_input_ids"], batch["teacher_spans"])
     assert student == teacher
