@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"sra {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -116,6 +116,8 @@ def _distill(args: argparse.Namespace) -> int:
             f"{output} holds a run already ({checkpoint.name}). Go on with --resume, or choose "
             "another --output."
         )
+    if args.resume and not checkpoint:
+        print(f"{output} holds no checkpoint yet: starting from the beginning.")
     steps = args.max_steps
     if steps < 0:
         steps = math.ceil(args.epochs * len(train) / (args.batch_size * args.accumulate))

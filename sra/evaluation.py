@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from sra.chat import render_prompt
 from sra.head import head_of
+from sra.token_bytes import clean_text
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 
@@ -86,8 +87,8 @@ def bits_per_byte(
 def _tokenise(
     tokenizer: Any, row: Mapping[str, str], max_length: int, chat_template: bool
 ) -> ScoredRow:
-    prefix = render_prompt(tokenizer, row["prompt"], chat_template=chat_template)
-    text = prefix + row["completion"]
+    prefix = clean_text(render_prompt(tokenizer, row["prompt"], chat_template=chat_template))
+    text = prefix + clean_text(row["completion"])
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     stop, text_end = len(ids), len(text)
