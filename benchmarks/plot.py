@@ -78,7 +78,7 @@ def markdown(rows: Sequence[Row], picture: str) -> str:
     op, first = rows[0]["op"], rows[0]
     names = case_columns(rows)
     providers = _unique(row["provider"] for row in rows)
-    rivals = [p for p in providers if p not in (OURS, "copy")]
+    rivals = [p for p in providers if p != "copy" and not p.startswith(OURS)]
     mallocs = _unique(row["malloc"] for row in rows)
     at = {(row["malloc"], _key(row, names), row["provider"]): row for row in rows}
     cases = _unique_keys(rows, names)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-NAMES = ("span_com",)
+NAMES = ("span_com", "alignment")
 
 
 class Job(NamedTuple):

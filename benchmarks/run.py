@@ -88,7 +88,12 @@ def _measure_here(chosen: dict[str, list[Any]], malloc: str, quick: bool, out: P
         for i, case in enumerate(cases, 1):
             print(f"{name} {i}/{len(cases)}, {malloc} malloc: {label(case)}", flush=True)
             # Memory is a property of the allocator that people have.
-            rows = measure(name, case, effort, malloc == "default", lambda x: print("   ", x))
+            try:
+                rows = measure(name, case, effort, malloc == "default", lambda x: print("   ", x))
+            except RuntimeError as reason:  # its inputs cannot be had: no network, no cache
+                print(f"    not measured: {reason}")
+                status = 1
+                continue
             for row in rows:
                 _append(out / f"{name}.csv", name, case, malloc, row)
                 if "median_ms" in row:
