@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from sra.alignment import SpanAligner
 from sra.chat import render_prompt
@@ -84,6 +85,7 @@ def prune_layers(model: Any, layers: int) -> Any:
 def run_demo(*, student: str, teacher: str, layers: int, output: Path, scale: float) -> int:
     """Run everything, print and save the table, the curves and the best student."""
     began = time.perf_counter()
+    logging.disable_progress_bar()  # of loading and saving, which would bury the runs' own
     if scale <= 0:
         raise ValueError(f"--scale {scale}: it must be positive.")
     tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
