@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.registry import NAMES, Job, load
 
-WARM_UP = 2
+WARM_UP = 1  # beside the run that verifies
 
 
 class Refused(Exception):
@@ -61,7 +61,7 @@ class Effort(NamedTuple):
 
     most: int = 30
     least: int = 7
-    seconds: float = 0.5
+    seconds: float = 0.4
 
 
 def interleave(jobs: Mapping[str, Job], effort: Effort) -> dict[str, Tensor]:

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from benchmarks import plot, registry, run
-from benchmarks.measure import Effort, Refused, error, interleave, measure, peak_mib, verify
+from benchmarks.measure import (
+    WARM_UP,
+    Effort,
+    Refused,
+    error,
+    interleave,
+    measure,
+    peak_mib,
+    verify,
+)
 from benchmarks.registry import Job
 from benchmarks.span_com import BENCHMARK as SPAN_COM
 from sra_kernels.span_com.reference import span_com as reference
@@ -118,7 +127,7 @@ def test_turns_alternate_and_resets_are_between_them():
     seen = []
     jobs = {x: Job(lambda x=x: seen.append(x) or [], lambda x=x: seen.append(x * 2)) for x in "ab"}
     times = interleave(jobs, Effort(most=3, least=1, seconds=9))
-    assert seen == ["a", "aa"] * 2 + ["b", "bb"] * 2 + ["a", "aa", "b", "bb"] * 3
+    assert seen == ["a", "aa", "b", "bb"] * (WARM_UP + 3)
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
 
