@@ -122,6 +122,15 @@ def markdown(rows: Sequence[Row], picture: str) -> str:
                 lines.append(line)
         share = ["of copy bandwidth"] if len(lines[0]) > 1 + len(group) + len(rivals) else []
         out += _table(["malloc", *group, *share, *rivals], lines, 1 + len(group))
+    if any(row["pct_of_copy"] for row in rows):
+        out += [
+            "The share of copy bandwidth: bytes that the op has to move at least, over its time, "
+            "against the same for `torch.Tensor.copy_` between buffers that are already mapped, "
+            "measured in the same turns. A copy is half writes, which cost more than reads: an op "
+            "that mostly reads can be above 100 %. Under the default malloc every result is fresh "
+            "memory, which the copy is spared.",
+            "",
+        ]
 
     for malloc in mallocs:
         out += [f"## Median milliseconds, {malloc} malloc", ""]
@@ -229,9 +238,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
     for axis in axes[:, 0]:
         axis.set_ylabel("% of copy bandwidth" if bandwidth else "milliseconds")
-    below = f"below each group: {', '.join(rest)}; {malloc} malloc"
-    better = "higher is better" if bandwidth else "lower is better"
-    figure.suptitle(f"{rows[0]['op']} ({better}; {below})", fontsize=11)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    notes = ["higher is better" if bandwidth else "lower is better", f"{malloc} malloc"]
+    if rest:
+        notes.append(f"below each group: {', '.join(rest)}")
+    figure.suptitle(f"{rows[0]['op']} ({'; '.join(notes)})", fontsize=11)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
