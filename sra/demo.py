@@ -33,7 +33,7 @@ from sra.precision import faster_dtype
 from sra.teacher_cache import TeacherCache
 from sra.trainer import SRAConfig, SRATrainer
 
-MAX_TOKENS = 128  # rows are chosen to fit, so that a step takes seconds on two cores
+MAX_TOKENS = 160  # rows are chosen to fit, so that a step takes seconds on two cores
 HELD_OUT = 40
 BATCH = 4
 LEARNING_RATE = 3e-4
