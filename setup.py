@@ -1,4 +1,4 @@
-"""Builds csrc/ into a plain C-ABI shared library: no torch headers, no Python ABI, one file for every version.
+"""Builds csrc/ into a plain C-ABI shared library: no torch headers, no Python ABI.
 
 SRA_KERNELS_BUILD=auto  build if there is a compiler, otherwise install without (the default)
                  =cpu   fail when the CPU library cannot be built
@@ -22,7 +22,7 @@ OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
 
 
 class BuildPlainLibrary(build_ext):
-    """Gives each extension a file name without a Python tag, and lets the install go on without it."""
+    """A file name without a Python tag, and an install that goes on without the library."""
 
     def get_export_symbols(self, ext):
         return []

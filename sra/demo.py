@@ -316,16 +316,12 @@ def draw_curves(results: list[Result], path: Path) -> None:
             strict=True,
         ):
             steps, bits = zip(*result.curve, strict=True)
-            axis.plot(steps, bits, marker="o", markersize=4, color=color, label=result.run)
-            axis.annotate(
-                f"{bits[-1]:.3f}", (steps[-1], bits[-1]), textcoords="offset points",
-                xytext=(6, -3), color=color, fontsize=8,
-            )  # fmt: skip
-        passes = regime.steps * BATCH / regime.rows
-        axis.set_title(f"{regime.name}: {regime.rows} rows, seen {passes:.0f} times")
+            label = f"{result.run}: {bits[-1]:.3f}"
+            axis.plot(steps, bits, marker="o", markersize=4, color=color, label=label)
+        passes = regime.steps * BATCH // regime.rows
+        axis.set_title(f"{regime.name}: {regime.rows} rows, {passes} pass{'es' * (passes > 1)}")
         axis.set_xlabel("optimiser steps")
         axis.set_ylabel("held-out bits per byte")
-        axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=150)
