@@ -67,7 +67,11 @@ class TokenBytes:
 def clean_text(text: str) -> str:
     """`text` with every surrogate code point replaced by U+FFFD (3 bytes, as a surrogate has in
     CESU-8 and WTF-8), because tokenizers and UTF-8 know no surrogates."""
-    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+    try:
+        text.encode()  # cheaper than a search, and text is nearly always clean
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text)
+    return text
 
 
 def byte_offsets(text: str) -> np.ndarray:
