@@ -60,8 +60,8 @@ class Effort(NamedTuple):
     """Samples of each provider: `most`, fewer when `seconds` are used up, but at least `least`."""
 
     most: int = 30
-    least: int = 7
-    seconds: float = 0.4
+    least: int = 5
+    seconds: float = 0.2
 
 
 def interleave(jobs: Mapping[str, Job], effort: Effort) -> dict[str, Tensor]:
@@ -162,6 +162,6 @@ def measure(
         if provider in moved:
             row["gb_per_s"] = moved[provider] / middle / 1e6
             row["pct_of_copy"] = 100 * row["gb_per_s"] / rows["copy"]["gb_per_s"]
-        if memory and provider != "copy":
+        if memory and benchmark.memory(case) and provider != "copy":
             row["peak_mib"] = peak_mib(name, case, provider)
     return [{"provider": provider, **row} for provider, row in rows.items()]

@@ -37,6 +37,7 @@ class Benchmark:
         bytes_moved: what any implementation has to read and write at least.
         copy: a plain copy on the inputs and its bytes (read and written), whose bandwidth is the
             roofline; None where memory is not what bounds the op.
+        memory: the cases whose peak memory is measured, each provider in a fresh process (seconds).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Benchmark:
     providers: Mapping[str, Callable[[Any], Job]]
     bytes_moved: Callable[[Any], int] | None = None
     copy: Callable[[Any], tuple[Job, int]] | None = None
+    memory: Callable[[Any], bool] = lambda case: True
 
 
 def load(name: str) -> Benchmark:

@@ -73,8 +73,8 @@ ALL_LENGTHS = ("1", "3", "16", "mixed")
 ALL_GRADS = ("none", "hidden", "hidden+weights")
 CASES = [
     *_cases(8192, 2048, ALL_LENGTHS, ALL_GRADS),
-    *_cases(8192, 768, ("3", "mixed"), ("none", "hidden")),
-    *_cases(8192, 4096, ("3", "mixed"), ("none", "hidden")),
+    *_cases(8192, 768, ("3", "mixed"), ("hidden",)),
+    *_cases(8192, 4096, ("3", "mixed"), ("hidden",)),
 ]
 SMALL = _cases(256, 72, ALL_LENGTHS, ALL_GRADS)
 
@@ -241,8 +241,9 @@ BENCHMARK = Benchmark(
     small=SMALL,
     inputs=inputs,
     exact=exact,
-    # A few roundings: enough for torch's bfloat16 sums over a span of 4,096, not for a wrong row.
-    tolerance=lambda case: 8 * torch.finfo(getattr(torch, case.dtype)).eps,
+    # Enough for a mean of 4,096 rows, which is small beside them, summed in float32 (ours 1.1e-6,
+    # embedding_bag 2.7e-6) or rounded to bfloat16; not for a wrong row.
+    tolerance=lambda case: {"float32": 4e-6, "bfloat16": 6e-2}[case.dtype],
     providers={
         "ours": ours("cpu"),
         "ours (torch backend)": ours("torch"),
@@ -253,4 +254,5 @@ BENCHMARK = Benchmark(
     },
     bytes_moved=bytes_moved,
     copy=copy,
+    memory=lambda case: case.grads == "hidden" and case.dim in (72, 2048),
 )
