@@ -157,6 +157,10 @@ class ByteTokenizer:
         return table
 
     @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array(list(map(len, self.token_bytes)), np.int64)
+
+    @cached_property
     def _is_special(self) -> np.ndarray:
         table = np.zeros(len(self.token_bytes), bool)
         table[list(self.special_ids)] = True
@@ -171,11 +175,13 @@ class ByteTokenizer:
         ids = np.array(listed, np.int64)
         special = self._is_special[ids]
         pieces = list(map(self.token_bytes.__getitem__, listed))
+        lengths = self._lengths[ids]
         if add_special_tokens:
             added = encoding.special_tokens_mask
             special |= np.array(added, bool)
             pieces = [b"" if mask else piece for mask, piece in zip(added, pieces, strict=True)]
-        ends = _spelt_ends(pieces, raw)
+            lengths = np.where(added, 0, lengths)
+        ends = _spelt_ends(pieces, lengths, raw)
         if ends is not None:
             return TokenBytes(ids, np.append(0, ends[:-1])[: len(ids)], ends, special)
         return TokenBytes(ids, *_ends_from_offsets(encoding.offsets, pieces, text, raw), special)
@@ -186,15 +192,15 @@ def byte_tokenizer(tokenizer: Any) -> ByteTokenizer:
     return tokenizer if isinstance(tokenizer, ByteTokenizer) else ByteTokenizer(tokenizer)
 
 
-def _spelt_ends(pieces: list[bytes], raw: bytes) -> np.ndarray | None:
-    """Where each piece ends, if the pieces spell `raw`, or `raw` behind the space that a tokenizer
-    with word-start marks puts before a text; else None."""
+def _spelt_ends(pieces: list[bytes], lengths: np.ndarray, raw: bytes) -> np.ndarray | None:
+    """Where each piece, of these lengths, ends, if the pieces spell `raw`, or `raw` behind the
+    space that a tokenizer with word-start marks puts before a text; else None."""
     spelt = b"".join(pieces)
     dummy = len(spelt) - len(raw)
     if dummy not in (0, 1) or not spelt.endswith(raw) or spelt[:dummy] not in (b"", b" "):
         return None
-    ends = np.fromiter(map(len, pieces), np.int64, len(pieces)).cumsum()
-    return np.maximum(ends - dummy, 0)
+    ends = lengths.cumsum()
+    return np.maximum(ends - dummy, 0) if dummy else ends
 
 
 def _ends_from_offsets(
@@ -227,7 +233,9 @@ def _ends_from_offsets(
     starts, ends = np.repeat(at[run_low], size), np.repeat(at[widened], size)
     members, bounds = wide.tolist(), np.stack([first, last, at[run_low], at[run_high]], 1)
     for begin, end, left, right in bounds[size > 1].tolist():
-        inner = _spelt_ends([pieces[i] for i in members[begin:end]], raw[left:right])
+        run_pieces = [pieces[i] for i in members[begin:end]]
+        lengths = np.array(list(map(len, run_pieces)), np.int64)
+        inner = _spelt_ends(run_pieces, lengths, raw[left:right])
         if inner is not None:
             ends[begin : end - 1] = starts[begin + 1 : end] = left + inner[:-1]
 
