@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from sra_kernels import backends
 from sra_kernels.testing import poisoned_empty
-
-CPU_BACKENDS = [name for name in ("cpu", "torch") if backends()[name].available]
 
 
 def pytest_collection_modifyitems(items):
