@@ -17,8 +17,13 @@ from sra_kernels import native
 NAMES = ("auto", "cpu", "torch", "triton", "cuda", "reference")
 VARIABLE = "SRA_KERNELS_BACKEND"
 
-# The operations that csrc/cpu implements; the others run on the torch backend.
-IN_C = frozenset({"span_com"})
+# In each op's folder, the module that holds a backend.
+MODULES = {"cpu": "cpu", "torch": "portable"}
+
+
+def in_cpp(op: str) -> bool:
+    """Whether the C++ library is loaded and has this operation."""
+    return native.cpu is not None and hasattr(native.cpu, f"sra_{op}_forward")
 
 
 def _checked(name: str) -> str:
@@ -65,9 +70,7 @@ def backends() -> dict[str, Availability]:
     """What is available in this installation and, if not, why."""
     pending = "this release has no GPU kernels yet; on a GPU the torch backend serves"
     return {
-        "cpu": Availability(
-            native.cpu is not None, native.problem or f"C++ for {', '.join(sorted(IN_C))}"
-        ),
+        "cpu": Availability(native.cpu is not None, native.problem or "C++ for tensors on the CPU"),
         "triton": Availability(False, pending),
         "cuda": Availability(False, pending),
         "torch": Availability(True, "torch operations, any device"),
@@ -78,7 +81,7 @@ def backends() -> dict[str, Availability]:
 def select(op: str, device: torch.device) -> tuple[str, str]:
     """The backend that serves `op` on `device`, and why; raises when the chosen one cannot."""
     wanted = current()
-    in_c = native.cpu is not None and op in IN_C and device.type == "cpu"
+    in_c = in_cpp(op) and device.type == "cpu"
     if wanted == "auto":
         if in_c:
             return "cpu", "tensors on the CPU, and the C++ library is loaded"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sra_kernels import backend, native
+from sra_kernels import backend
 
 _LINEAR = (
     "Tensor student, Tensor student_head, Tensor? student_bias, Tensor teacher, "
@@ -47,11 +47,10 @@ ops = torch.ops.sra_kernels
 
 
 def _implementation(op: str, function: str) -> Callable[..., Any]:
-    portable = importlib.import_module(f"sra_kernels.{op}.portable")
-
     def run(*args: Any) -> Any:
         name, _ = backend.select(op, args[0].device)
-        return getattr(native if name == "cpu" else portable, function)(*args)
+        module = importlib.import_module(f"sra_kernels.{op}.{backend.MODULES[name]}")
+        return getattr(module, function)(*args)
 
     return run
 

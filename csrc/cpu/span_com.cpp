@@ -4,15 +4,12 @@
 // writes tokens*dim (and reads it when the weights learn). Every output element is summed by one
 // thread in one order, so the same input gives the same bits for any number of threads.
 
+#include "parallel.h"
 #include "sra_kernels.h"
 #include "vector.h"
 
 #include <cmath>
 #include <vector>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace sra {
 namespace {
@@ -20,7 +17,7 @@ namespace {
 // Columns summed at a time: 8 KiB of float accumulators stay in the first-level cache, and each row
 // is read in runs long enough for the prefetcher.
 constexpr int64_t kColumns = 2048;
-// Below this many elements a second thread costs more than it brings (~10 us to wake one).
+// Below this many elements a second thread costs more than it brings.
 constexpr int64_t kElementsPerThread = 16384;
 
 template <class T>
@@ -275,21 +272,8 @@ int refuse(const sra_span_com& p) {
   return bad ? SRA_BAD_WEIGHTS : SRA_OK;
 }
 
-int threads_for(int64_t elements, int32_t wanted) {
-#if defined(_OPENMP)
-  return int(std::max<int64_t>(1, std::min<int64_t>(wanted, elements / kElementsPerThread)));
-#else
-  (void)elements, (void)wanted;
-  return 1;
-#endif
-}
-
-int64_t part(int64_t n, int64_t i, int64_t count) { return n / count * i + std::min(i, n % count); }
-
 }  // namespace
 }  // namespace sra
-
-int sra_kernels_abi(void) { return SRA_KERNELS_ABI; }
 
 int sra_span_com_forward(const sra_span_com* params) {
   using namespace sra;
@@ -301,7 +285,7 @@ int sra_span_com_forward(const sra_span_com* params) {
   std::vector<int64_t> work(p.count + 1, 0);
   for (int64_t s = 0; s < p.count; ++s)
     work[s + 1] = work[s] + 1 + p.spans[2 * s + 1] - p.spans[2 * s];
-  const int threads = threads_for(work[p.count] * p.dim, p.threads);
+  const int threads = threads_for(work[p.count] * p.dim, kElementsPerThread, p.threads);
   const int64_t com_bytes = p.wide_com && p.dtype != SRA_F64 ? 4 : kernels.element_bytes;
   prefer_huge_pages(p.com, p.count * p.dim * com_bytes);
   const int64_t long_rows = std::max<int64_t>(64, work[p.count] / (4 * threads));
@@ -320,12 +304,7 @@ int sra_span_com_forward(const sra_span_com* params) {
                               std::min(p.dim, part(blocks, i + 1, n) * 16));
     }
   };
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  run(omp_get_thread_num(), omp_get_num_threads());
-#else
-  run(0, 1);
-#endif
+  parallel(threads, run);
   return SRA_OK;
 }
 
@@ -334,17 +313,12 @@ int sra_span_com_backward(const sra_span_com* params) {
   const sra_span_com& p = *params;
   if (const int status = refuse(p)) return status;
   const Kernels& kernels = *kernels_for(p.dtype);
-  const int threads = threads_for(p.tokens * p.dim, p.threads);
+  const int threads = threads_for(p.tokens * p.dim, kElementsPerThread, p.threads);
   if (p.grad_hidden) prefer_huge_pages(p.grad_hidden, p.tokens * p.dim * kernels.element_bytes);
 
   const auto run = [&](int64_t i, int64_t n) {
     kernels.backward_range(p, part(p.tokens, i, n), part(p.tokens, i + 1, n));
   };
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  run(omp_get_thread_num(), omp_get_num_threads());
-#else
-  run(0, 1);
-#endif
+  parallel(threads, run);
   return SRA_OK;
 }

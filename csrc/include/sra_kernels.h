@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SRA_KERNELS_ABI 1
+#define SRA_KERNELS_ABI 2
 
 enum sra_dtype { SRA_F32 = 0, SRA_BF16 = 1, SRA_F16 = 2, SRA_F64 = 3 };
 

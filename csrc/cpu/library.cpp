@@ -1,0 +1,3 @@
+#include "sra_kernels.h"
+
+int sra_kernels_abi(void) { return SRA_KERNELS_ABI; }
