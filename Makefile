@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench rivals clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -25,8 +25,11 @@ check: $(VENV)/ready ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/ and README.md (≤ 10 min)
+	$(BIN)/sra bench
+
+rivals: $(VENV)/ready ## other libraries for `make bench`, which goes without those that are missing
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 
 clean:
 	rm -rf $(VENV) build *.egg-info sra_kernels/*.so

@@ -19,6 +19,7 @@ from sra.token_bytes import ByteTokenizer
 
 @dataclass(frozen=True)
 class Case:
+    case: str
     student: str
     teacher: str
     language: str
@@ -27,7 +28,11 @@ class Case:
 
 def _cases(teacher_tokens: int) -> list[Case]:
     pair = ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct")
-    return [Case(*pair, language, teacher_tokens) for language in ("en", "zh")]
+    names = {"en": "English", "zh": "Chinese"}
+    return [
+        Case(f"{name}, {teacher_tokens:,} teacher tokens", *pair, language, teacher_tokens)
+        for language, name in names.items()
+    ]
 
 
 class _Encoded:
@@ -98,4 +103,5 @@ BENCHMARK = Benchmark(
         "ours": lambda x: _job(x.tokenised, x.text),
         "ours, tokenizers included": lambda x: _job(x.aligner, x.text),
     },
+    seconds=10,
 )

@@ -9,20 +9,26 @@ import multiprocessing
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import NAMES, Job, load
+from benchmarks.registry import NAMES, Absent, Benchmark, Job, load
 
 WARM_UP = 1  # beside the run that verifies
 
 
 class Refused(Exception):
     """A provider that does not compute what the benchmark asks for; it is not timed."""
+
+
+# Rows this much smaller than the tensor's largest value count as this large: what they hold may be
+# a difference of nearly equal probabilities, and no more than rounding.
+SMALL_ROW = 1e-3
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
@@ -35,19 +41,27 @@ def error(actual: Tensor, exact: Tensor) -> float:
     if not actual.numel():
         return 0.0
     difference = (actual.detach().double() - exact.double()).abs().amax(dim=-1)
-    relative = difference / exact.double().abs().amax(dim=-1)
+    size = exact.double().abs().amax(dim=-1)
+    relative = difference / size.clamp_min(SMALL_ROW * size.max())
     relative[difference == 0] = 0  # a row of zeros, met exactly
     return float(torch.where(relative.isnan(), torch.inf, relative).max())
 
 
-def verify(job: Job, exact: Sequence[Tensor], tolerance: float) -> float:
-    """The job's error against float64; raises `Refused` where it is above the tolerance."""
+def verify(job: Job, exact: Sequence[Tensor] | None, tolerance: float) -> float | None:
+    """The job's error against float64; raises `Refused` where it is above the tolerance.
+
+    Without exact results, all that can be asked is that the job's are finite.
+    """
     try:
         outputs = job.run()
     except Exception as problem:  # a rival may fail in its own way; the suite goes on without it
         raise Refused(f"{type(problem).__name__}: {problem}") from problem
     finally:
         job.reset()
+    if exact is None:
+        if not all(x.isfinite().all() for x in outputs):
+            raise Refused("a result is not finite")
+        return None
     if len(outputs) != len(exact):
         raise Refused(f"{len(outputs)} results instead of {len(exact)}")
     worst = max(error(a, e) for a, e in zip(outputs, exact, strict=True))
@@ -56,11 +70,14 @@ def verify(job: Job, exact: Sequence[Tensor], tolerance: float) -> float:
     return worst
 
 
+AT_LEAST = 0.03  # seconds of samples of a provider, however late it is: 30 where a run takes 1 ms
+
+
 class Effort(NamedTuple):
     """Samples of each provider: `most`, fewer when `seconds` are used up, but at least `least`."""
 
     most: int = 30
-    least: int = 5
+    least: int = 3
     seconds: float = 0.2
 
 
@@ -96,12 +113,15 @@ def peak_mib(name: str, case: Any, provider: str) -> float | None:
     """Peak resident memory of one run above its inputs, outputs and gradients included.
 
     Measured in a fresh process, forked from a server that has imported the suite and nothing more.
-    None where the system cannot tell (it is not Linux).
+    None where the system cannot tell (it is not Linux) or has not enough memory for the run.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     with ProcessPoolExecutor(1, mp_context=_server()) as process:
-        return process.submit(_peak_here, name, case, provider).result()
+        try:
+            return process.submit(_peak_here, name, case, provider).result()
+        except BrokenProcessPool:
+            return None
 
 
 @functools.cache
@@ -131,37 +151,114 @@ def _status_kib(field: str) -> int:
     return int(found[1])
 
 
+def copy_of(size: int) -> tuple[Job, int]:
+    """A copy that moves `size` bytes, the op's own number, so that both fit the same caches; and
+    the bytes, at most 256 MiB, which fit none."""
+    source = torch.ones(max(min(size, 256 << 20) // 8, 1))
+    out = torch.empty_like(source)
+    return Job(lambda: [out.copy_(source)]), 8 * len(source)
+
+
+GEMM = 1024  # the side of the square product whose rate is the roof of arithmetic
+
+
+def gemm() -> tuple[Job, int]:
+    a, b, out = (torch.ones(GEMM, GEMM) for _ in range(3))
+    return Job(lambda: [torch.mm(a, b, out=out)]), 2 * GEMM**3
+
+
 def measure(
-    name: str, case: Any, effort: Effort, memory: bool, report: Callable[[str], None]
+    name: str,
+    case: Any,
+    effort: Effort,
+    memory: bool,
+    report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """One row for each provider of a case, the copy first. A refused provider has no times."""
+    """One row for each provider of a case, the bounds first. What is not timed has no times.
+
+    `effort.seconds` is for all providers together, and verifying them counts.
+    """
+    begin = time.perf_counter()
     benchmark = load(name)
     data = benchmark.inputs(case)
-    exact, tolerance = benchmark.exact(data), benchmark.tolerance(case)
-    jobs: dict[str, Job] = {}
     rows: dict[str, dict[str, Any]] = {}
-    moved: dict[str, int] = {}
-    if benchmark.copy:
-        jobs["copy"], moved["copy"] = benchmark.copy(data)
-        rows["copy"] = {"status": "ok"}
+    jobs, size, flops = _bounds(benchmark, data)
+    rows |= {bound: {"kind": "bound", "status": "ok"} for bound in jobs}
+    exact = benchmark.exact(data) if benchmark.exact else None
     for provider, prepare in benchmark.providers.items():
+        if provider in benchmark.headline_only and not benchmark.headline(case):
+            continue
+        row: dict[str, Any] = {
+            "kind": "ours" if provider.startswith("ours") else "rival",
+            "status": "ok",
+        }
+        rows[provider] = row
         try:
             job = prepare(data)
-            rows[provider] = {"status": "ok", "error_vs_float64": verify(job, exact, tolerance)}
+            row["error_vs_float64"] = verify(job, exact, benchmark.tolerance(case))
             jobs[provider] = job
+            row["package"] = job.package
+        except Absent as reason:
+            row["status"] = str(reason)
         except Refused as reason:
-            rows[provider] = {"status": f"refused: {reason}".splitlines()[0]}
-            report(f"{provider} {rows[provider]['status']}")
-        if benchmark.bytes_moved:
-            moved[provider] = benchmark.bytes_moved(data)
-    for provider, times in interleave(jobs, effort).items():
+            row["status"] = f"refused: {reason}".splitlines()[0]
+            report(f"{provider} {row['status']}")
+    seconds = max((effort.seconds - (time.perf_counter() - begin)) / len(jobs), AT_LEAST)
+    for provider, times in interleave(jobs, effort._replace(seconds=seconds)).items():
         row = rows[provider]
         low, middle, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         row |= {"median_ms": middle, "p20_ms": low, "p80_ms": high, "samples": len(times)}
         row["min_ms"] = float(times.min())
-        if provider in moved:
-            row["gb_per_s"] = moved[provider] / middle / 1e6
-            row["pct_of_copy"] = 100 * row["gb_per_s"] / rows["copy"]["gb_per_s"]
-        if memory and benchmark.memory(case) and provider != "copy":
-            row["peak_mib"] = peak_mib(name, case, provider)
+    _roofline(rows, size, flops)
+    if memory and benchmark.headline(case):
+        del data, exact
+        timed = [p for p in benchmark.providers if "median_ms" in rows.get(p, ())]
+        jobs.clear()
+        with ThreadPoolExecutor(2) as pool:  # one at a time would take twice as long
+            peaks = pool.map(lambda provider: peak_mib(name, case, provider), timed)
+            for provider, peak in zip(timed, peaks, strict=True):
+                rows[provider]["peak_mib"] = peak
     return [{"provider": provider, **row} for provider, row in rows.items()]
+
+
+def _bounds(
+    benchmark: Benchmark, data: Any
+) -> tuple[dict[str, Job], dict[str, int], dict[str, int]]:
+    """The jobs that bound an op; then the bytes and the flops: of each of them, of the op as ""."""
+    jobs: dict[str, Job] = {}
+    size: dict[str, int] = {}
+    flops: dict[str, int] = {}
+    if benchmark.bytes_moved:
+        size[""] = benchmark.bytes_moved(data)
+        jobs["copy"], size["copy"] = copy_of(size[""])
+    if benchmark.flops:
+        flops[""] = benchmark.flops(data)
+        jobs["GEMM"], flops["GEMM"] = gemm()
+    jobs |= {bound: prepare(data) for bound, prepare in benchmark.bounds.items()}
+    return jobs, size, flops
+
+
+def _roofline(
+    rows: dict[str, dict[str, Any]], size: Mapping[str, int], flops: Mapping[str, int]
+) -> None:
+    """Adds the rates, and the time that the slower of memory and arithmetic needs at least."""
+    needed = {}
+    for bound, work in (("copy", size), ("GEMM", flops)):
+        if bound in work:
+            needed[bound] = work[""] * rows[bound]["median_ms"] / work[bound]
+    if not needed:
+        return
+    bound = max(needed, key=needed.__getitem__)
+    for provider, row in rows.items():
+        if "median_ms" not in row:
+            continue
+        moved, counted = (
+            work.get(provider, None if provider in ("copy", "GEMM") else work.get(""))
+            for work in (size, flops)
+        )
+        if moved is not None:
+            row["gb_per_s"] = moved / row["median_ms"] / 1e6
+        if counted is not None:
+            row["gflop_per_s"] = counted / row["median_ms"] / 1e6
+        if provider not in ("copy", "GEMM"):
+            row |= {"bound": bound, "pct_of_roofline": 100 * needed[bound] / row["median_ms"]}

@@ -1,13 +1,19 @@
-"""An op's CSV, and nothing else, becomes a table and a picture: `python -m benchmarks.plot CSV`."""
+"""The CSVs, and nothing else, become tables, pictures and the README's figures.
+
+`python -m benchmarks.plot` remakes those of benchmarks/results and the block in README.md;
+`python -m benchmarks.plot CSV ...` what stands beside each CSV.
+"""
 
 from __future__ import annotations
 
 import csv
 import math
-import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from benchmarks.registry import NAMES
 
 Row = dict[str, str]
 
@@ -19,24 +25,37 @@ MEASURED = (
     "min_ms",
     "samples",
     "gb_per_s",
-    "pct_of_copy",
+    "gflop_per_s",
+    "bound",
+    "pct_of_roofline",
     "peak_mib",
     "error_vs_float64",
     "status",
 )
-# The columns that make one panel of the picture and one line of the summary, where an op has them.
-GROUP = ("mode", "grads", "dtype")
+# What the tables say of a case beside its name; the shape's numbers are in the CSV.
+HOW = ("mode", "grads", "head", "dtype", "direction", "outside", "window", "padding")
 OURS = "ours"
+LINES = ("copy", "GEMM")  # they make the roofline, and are no bars
+QUOTED = "default"  # the malloc that people have
+RESULTS = Path(__file__).with_name("results")
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
+
+ROOFLINE = (
+    "*Of the roofline*: the time that the slower of memory and arithmetic needs at least, over the "
+    "median. Memory: the bytes that any implementation must read and write once, at the rate of a "
+    "`torch.Tensor.copy_` that moves as many (at most 256 MiB) between buffers that are mapped "
+    "already. Arithmetic: its multiplications and additions, causal ones counted half, at the rate "
+    "of a float32 `torch.mm` of [1024]³. Both are measured in the same turns. Exponentials are "
+    "not counted, a copy is half writes, which cost more than reads, and under the default malloc "
+    "every result is fresh memory, which the copy is spared: so some ops cannot reach 100 %, and "
+    "one that mostly reads can pass it."
+)
 
 
 def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def case_columns(rows: Sequence[Row]) -> list[str]:
-    names = list(rows[0])
-    return names[names.index("provider") + 1 : names.index("malloc")]
 
 
 def write(path: Path) -> tuple[Path, Path]:
@@ -48,6 +67,20 @@ def write(path: Path) -> tuple[Path, Path]:
     return table, picture
 
 
+def case_columns(rows: Sequence[Row]) -> list[str]:
+    names = list(rows[0])
+    return names[names.index("provider") + 1 : names.index("malloc")]
+
+
+def shown_columns(rows: Sequence[Row]) -> list[str]:
+    """The case's name and what varies of how it is run; without a name, all that varies."""
+    names = case_columns(rows)
+    varying = [name for name in names if len({row[name] for row in rows}) > 1]
+    if "case" not in names:
+        return varying or names[:1]
+    return ["case", *(name for name in varying if name in HOW)]
+
+
 def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
@@ -56,200 +89,238 @@ def _key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(row[name] for name in names)
 
 
+def _cases(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each case, in the CSV's order."""
+    names = case_columns(rows)
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(_key(row, names), []).append(row)
+    return list(cases.values())
+
+
+def _of(case: Sequence[Row], provider: str) -> Row | None:
+    return next((row for row in case if row["provider"] == provider and row["median_ms"]), None)
+
+
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int) -> list[str]:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int) -> list[str]:
+    """Markdown; the first `words` columns are text, the others numbers."""
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return [_line(head), _line(rule), *map(_line, lines), ""]
 
 
-def _cell(row: Row | None, column: str) -> str:
-    if row is None:
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(mine: Row | None, other: Row | None) -> str:
+    """How many times as long the other takes."""
+    if mine is None or other is None:
         return ""
-    if not row[column]:
-        return "refused" if row["status"] != "ok" else ""
-    value = float(row[column])
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{number(float(other['median_ms']) / float(mine['median_ms']))}×"
+
+
+def machine(row: Row) -> str:
+    changes = " with changes" if int(row["dirty"]) else ""
+    return (
+        f"{row['cpu']}, {row['threads']} threads; torch {row['torch']}, Python {row['python']}; "
+        f"commit {row['commit']}{changes}, {row['timestamp'][:10]}"
+    )
 
 
 def markdown(rows: Sequence[Row], picture: str) -> str:
-    op, first = rows[0]["op"], rows[0]
-    names = case_columns(rows)
-    providers = _unique(row["provider"] for row in rows)
-    rivals = [p for p in providers if p != "copy" and not p.startswith(OURS)]
-    mallocs = _unique(row["malloc"] for row in rows)
-    at = {(row["malloc"], _key(row, names), row["provider"]): row for row in rows}
-    cases = _unique_keys(rows, names)
+    op, shown = rows[0]["op"], shown_columns(rows)
+    timed = [row for row in rows if row["median_ms"] and row["provider"] not in LINES]
+    providers = _unique(row["provider"] for row in timed if row["kind"] != "bound")
+    others = [p for p in _unique(row["provider"] for row in timed) if p != OURS]
+    packages = ", ".join(sorted(_unique(row["package"] for row in rows if row["package"])))
     out = [
         f"# {op}",
         "",
-        f"{first['cpu']}, {first['threads']} threads; torch {first['torch']}, Python "
-        f"{first['python']}; commit {first['commit']}"
-        f"{' with changes' if int(first['dirty']) else ''}"
-        f", {first['timestamp'][:10]}. Written by `python -m benchmarks.run` from `{op}.csv`.",
+        f"{machine(rows[0])}{f'; {packages}' if packages else ''}. Written by `sra bench` from "
+        f"`{op}.csv`, where every case has its full shape.",
         "",
         f"![{op}]({picture})",
         "",
     ]
-
-    group = [name for name in GROUP if name in names]
-    if rivals:
-        out += [f"## Times as fast as each rival: {OURS}, middle case (worst – best)", ""]
-        lines = []
-        for malloc in mallocs:
-            for part in _unique_keys(rows, group):
-                inside = [c for c in cases if _project(c, names, group) == part]
-                ours = [at.get((malloc, c, OURS)) for c in inside]
-                line = [malloc, *part]
-                if any(row and row["pct_of_copy"] for row in ours):
-                    line.append(_spread([float(r["pct_of_copy"]) for r in ours if r], "%"))
-                for rival in rivals:
-                    line.append(
-                        _spread(
-                            [
-                                float(other["median_ms"]) / float(mine["median_ms"])
-                                for mine, c in zip(ours, inside, strict=True)
-                                if (other := at.get((malloc, c, rival)))
-                                and other["median_ms"]
-                                and mine
-                                and mine["median_ms"]
-                            ],
-                            "×",
-                        )
-                    )
-                lines.append(line)
-        share = ["of copy bandwidth"] if len(lines[0]) > 1 + len(group) + len(rivals) else []
-        out += _table(["malloc", *group, *share, *rivals], lines, 1 + len(group))
-    if any(row["pct_of_copy"] for row in rows):
-        out += [
-            "The share of copy bandwidth: bytes that the op has to move at least, over its time, "
-            "against the same for `torch.Tensor.copy_` between buffers that are already mapped, "
-            "measured in the same turns. A copy is half writes, which cost more than reads: an op "
-            "that mostly reads can be above 100 %. Under the default malloc every result is fresh "
-            "memory, which the copy is spared.",
-            "",
-        ]
-
-    for malloc in mallocs:
-        out += [f"## Median milliseconds, {malloc} malloc", ""]
-        out += _table(
-            [*names, *providers],
-            [[*c, *(_cell(at.get((malloc, c, p)), "median_ms") for p in providers)] for c in cases],
-            len(names),
+    for malloc in _unique(row["malloc"] for row in rows):
+        cases = _cases([row for row in rows if row["malloc"] == malloc])
+        out += [f"## Times, {malloc} malloc", ""]
+        out += ["Ours in milliseconds (median, p20 – p80), the others in times as long.", ""]
+        out += table(
+            [*shown, "ours", "of the roofline", "bound", *others],
+            [
+                [*_key(case[0], shown), *_ours(mine), *(times(mine, _of(case, p)) for p in others)]
+                for case in cases
+                for mine in [_of(case, OURS)]
+            ],
+            len(shown),
         )
-    if any(row["peak_mib"] for row in rows):
-        of = [p for p in providers if p != "copy"]
-        out += ["## Peak MiB above the inputs, results and gradients included, default malloc", ""]
-        out += _table(
-            [*names, *of],
-            [[*c, *(_cell(at.get(("default", c, p)), "peak_mib") for p in of)] for c in cases],
-            len(names),
-        )
-    refused = [row for row in rows if row["status"] != "ok"]
-    if refused:
+    if any(row["pct_of_roofline"] for row in rows):
+        out += [ROOFLINE, ""]
+
+    quoted = _cases([row for row in rows if row["malloc"] == QUOTED])
+    for column, title in (
+        ("peak_mib", "Peak MiB above the inputs, results and gradients included"),
+        ("error_vs_float64", "Largest error against float64, relative to each row"),
+    ):
+        filled = [case for case in quoted if any(row[column] for row in case)]
+        if filled:
+            out += [f"## {title}", ""]
+            out += table(
+                [*shown, *providers],
+                [
+                    [*_key(case[0], shown), *(_cell(_of(case, p), column) for p in providers)]
+                    for case in filled
+                ],
+                len(shown),
+            )
+    absent = Counter(
+        (row["provider"], row["status"]) for row in rows if row["status"] not in ("ok", "")
+    )
+    if absent:
         out += ["## Not timed", ""]
         out += [
-            f"- {row['provider']}, {row['malloc']} malloc, {', '.join(_key(row, names))}: "
-            f"{row['status']}"
-            for row in refused
+            f"- {provider}, {count} case{'s' * (count > 1)}: {status}"
+            for (provider, status), count in absent.items()
         ]
         out.append("")
     return "\n".join(out)
 
 
-def _unique_keys(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(dict.fromkeys(_key(row, names) for row in rows))
+def _ours(mine: Row | None) -> list[str]:
+    if mine is None:
+        return ["", "", ""]
+    low, middle, high = (number(float(mine[c])) for c in ("p20_ms", "median_ms", "p80_ms"))
+    share = f"{float(mine['pct_of_roofline']):.0f} %" if mine["pct_of_roofline"] else ""
+    return [f"{middle} ({low} – {high})", share, mine["bound"]]
 
 
-def _project(case: tuple[str, ...], names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    return tuple(value for name, value in zip(names, case, strict=True) if name in wanted)
+def _cell(row: Row | None, column: str) -> str:
+    return number(float(row[column])) if row and row[column] else ""
 
 
-def _spread(values: Sequence[float], unit: str) -> str:
-    if not values:
+def readme(results: Sequence[Sequence[Row]]) -> str:
+    """The quoted cases of every op, those whose memory is measured, ours beside the best rival."""
+    lines, absent = [], []
+    for rows in results:
+        shown = shown_columns(rows)
+        quoted = [row for row in rows if row["malloc"] == QUOTED]
+        absent += [row["provider"] for row in quoted if row["status"].startswith("not installed")]
+        for case in _cases(quoted):
+            mine = _of(case, OURS)
+            if mine is None or not mine["peak_mib"]:
+                continue
+            name = ", ".join(part for part in _key(mine, shown) if part not in ("none", "0"))
+            ms = f"{number(float(mine['median_ms']))} ms"
+            share = f"{float(mine['pct_of_roofline']):.0f} %" if mine["pct_of_roofline"] else ""
+            rivals = [row for row in case if row["kind"] == "rival" and row["median_ms"]]
+            best = min(rivals, key=lambda row: float(row["median_ms"]), default=None)
+            against = [best["provider"] if best else "", times(mine, best), _memory(mine, best)]
+            lines.append([mine["op"], name, ms, share, *against])
+    out = table(
+        ["op", "case", "ours", "of the roofline", "best rival", "takes", "in memory"], lines, 2
+    )
+    links = ", ".join(
+        f"[{rows[0]['op']}](benchmarks/results/{rows[0]['op']}.md)" for rows in results
+    )
+    out.append(
+        f"{machine(results[0][0])}. Default malloc, medians of interleaved runs, each provider "
+        "checked against float64 first. *Best rival*: the fastest of eager torch, `torch.compile` "
+        "and other libraries; *takes* and *in memory*: its time and its peak memory above the "
+        f"inputs, in times ours. Every case and rival: {links}."
+    )
+    if absent:
+        out.append(f"Not installed when this was measured: {', '.join(_unique(absent))}.")
+    return "\n".join(out)
+
+
+def _memory(mine: Row, best: Row | None) -> str:
+    """Ours below 1 MiB counts as 1 MiB: pages and threads are measured there, not the op."""
+    if best is None or not best["peak_mib"]:
         return ""
-    digits = 0 if unit == "%" else 1
-    middle = statistics.median(values)
-    return f"{middle:.{digits}f}{unit} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+    floor = max(float(mine["peak_mib"]), 1.0)
+    more = "> " if floor > float(mine["peak_mib"]) else ""
+    return f"{more}{number(max(float(best['peak_mib']), 1.0) / floor)}×"
+
+
+def rewrite_readme(path: Path, results: Path) -> None:
+    """Replaces what stands between the two markers."""
+    begin, end = BLOCK
+    text = path.read_text()
+    if begin not in text or end not in text:
+        raise ValueError(f"{path} has no block between {begin} and {end}.")
+    head, rest = text.split(begin, 1)
+    _, tail = rest.split(end, 1)
+    paths = [results / f"{name}.csv" for name in NAMES]
+    block = readme([read(path) for path in paths if path.exists()])
+    path.write_text(f"{head}{begin}\n{block}\n{end}{tail}")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each mode and dtype, one group of bars for each shape; whiskers p20 to p80."""
+    """One panel a case, one bar a provider; whiskers from p20 to p80, the roofline dashed."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same CSV gives the same file
     import matplotlib.pyplot as plt
 
-    malloc = _unique(row["malloc"] for row in rows)[-1]
-    rows = [row for row in rows if row["malloc"] == malloc and row["median_ms"]]
-    names = case_columns(rows)
-    group = [name for name in GROUP if name in names]
-    # A column that never changes says nothing below an axis.
-    rest = [n for n in names if n not in group and len({row[n] for row in rows}) > 1]
-    providers = [p for p in _unique(row["provider"] for row in rows) if p != "copy"]
-    panels = _unique_keys(rows, group)
-    bandwidth = bool(rows[-1]["pct_of_copy"])
-    across = min(2, len(panels))
-    down = math.ceil(len(panels) / across)
+    shown = shown_columns(rows)
+    timed = [row for row in rows if row["median_ms"] and row["provider"] not in LINES]
+    drawn = [row for row in timed if row["malloc"] == QUOTED]
+    cases = _cases(drawn)
+    colours = {p: f"C{i}" for i, p in enumerate(_unique(row["provider"] for row in drawn))}
+    across = min(3, len(cases))
+    down = math.ceil(len(cases) / across)
+    bars = max(len(case) for case in cases)
     figure, axes = plt.subplots(
-        down, across, figsize=(6.5 * across, 2.9 * down + 1), squeeze=False, layout="constrained"
+        down,
+        across,
+        figsize=(5.2 * across, (0.28 * bars + 0.9) * down + 0.4),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        inside = [row for row in rows if _key(row, group) == panel]
-        shapes = _unique_keys(inside, rest)
-        width = 0.85 / len(providers)
-        for i, provider in enumerate(providers):
-            bars = [
-                (x + (i - (len(providers) - 1) / 2) * width, row)
-                for x, shape in enumerate(shapes)
-                for row in inside
-                if row["provider"] == provider and _key(row, rest) == shape
-            ]
-            low, middle, high = (
-                [float(row[column]) for _, row in bars]
-                for column in ("p20_ms", "median_ms", "p80_ms")
-            )
-            if bandwidth:  # the shorter time is the higher bar
-                share = [float(row["pct_of_copy"]) for _, row in bars]
-                high, low = (
-                    [s * m / t for s, m, t in zip(share, middle, times, strict=True)]
-                    for times in (low, high)
-                )
-                middle = share
-            whiskers = [
-                [m - a for m, a in zip(middle, low, strict=True)],
-                [b - m for m, b in zip(middle, high, strict=True)],
-            ]
-            axis.bar(
-                [x for x, _ in bars],
-                middle,
-                width,
-                yerr=whiskers,
-                label=provider,
-                color=f"C{i}",
-                error_kw={"linewidth": 0.6},
-            )
-        axis.set_xticks(range(len(shapes)), ["\n".join(shape) for shape in shapes], fontsize=8)
-        axis.set_title(" · ".join(part for part in panel if part != "none"), fontsize=10)
-        if bandwidth:
-            axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("% of copy bandwidth" if bandwidth else "milliseconds")
-    for axis in axes.flat[len(panels) :]:
+    for axis, case in zip(axes.flat, cases, strict=False):
+        middle, low, high = (
+            [float(row[column]) for row in case] for column in ("median_ms", "p20_ms", "p80_ms")
+        )
+        axis.barh(
+            [row["provider"] for row in case],
+            middle,
+            xerr=[_less(middle, low), _less(high, middle)],
+            color=[colours[row["provider"]] for row in case],
+            error_kw={"linewidth": 0.8},
+        )
+        for y, (value, end) in enumerate(zip(middle, high, strict=True)):
+            axis.annotate(f" {number(value)}", (max(value, end), y), va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=8)
+        share = case[0]["pct_of_roofline"]
+        if share:
+            axis.axvline(middle[0] * float(share) / 100, color="black", lw=0.8, ls="--")
+        name, *how = _key(case[0], shown)
+        how = [part for part in how if part not in ("none", "0")]
+        axis.set_title("\n".join([name, " · ".join(how)] if how else [name]), fontsize=9)
+    for axis in axes.flat[len(cases) :]:
         axis.set_axis_off()
-    notes = ["higher is better" if bandwidth else "lower is better", f"{malloc} malloc"]
-    if rest:
-        notes.append(f"below each group: {', '.join(rest)}")
-    figure.suptitle(f"{rows[0]['op']} ({'; '.join(notes)})", fontsize=11)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.suptitle(
+        f"{rows[0]['op']}: milliseconds, lower is better; dashed: the roofline; {QUOTED} malloc",
+        fontsize=11,
+    )
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
+def _less(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(*write(Path(argument)), sep="\n")
+    for path in [Path(argument) for argument in sys.argv[1:]] or sorted(RESULTS.glob("*.csv")):
+        print(*write(path), sep="\n")
+    if not sys.argv[1:]:
+        rewrite_readme(README, RESULTS)

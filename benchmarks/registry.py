@@ -1,4 +1,4 @@
-"""What a benchmark is, as data: cases, providers, exact answers, byte counts. Nothing runs here.
+"""What a benchmark is, as data: cases, providers, exact answers, counts. Nothing runs here.
 
 An op's file holds one `Benchmark`; `load` finds it by the op's name. The command line, the tests
 and pytest-benchmark all walk through the same registry.
@@ -13,14 +13,31 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-NAMES = ("span_com", "alignment")
+NAMES = (
+    "span_com",
+    "span_kl",
+    "linear_span_kl",
+    "attention_mass",
+    "span_geometry",
+    "alignment",
+    "sra_loss",
+    "training_step",
+)
 
 
 class Job(NamedTuple):
-    """`run` is what is timed; it returns every output and gradient. `reset` is not timed."""
+    """`run` is what is timed; it returns every output and gradient. `reset` is not timed.
+
+    `package` is the distribution that the code comes from, if neither we nor torch wrote it.
+    """
 
     run: Callable[[], Sequence[Tensor]]
     reset: Callable[[], None] = lambda: None
+    package: str = ""
+
+
+class Absent(Exception):
+    """A provider that has no part in a case; the message, its status, says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +45,37 @@ class Benchmark:
     """One op beside its rivals.
 
     Attributes:
-        cases: frozen dataclasses; each field is a column of the CSV.
+        cases: frozen dataclasses; each field is a column of the CSV, `case` names the shape.
         small: cases of test size.
         inputs: makes the tensors of a case, the same each time.
-        exact: what a job must return, in float64.
+        exact: what a job must return, in float64. None where the providers have different
+            objectives: then their results need only be finite.
         tolerance: largest error, relative to each row's largest value, that still counts as right.
-        providers: name -> prepares a job on the inputs; what it does there is not timed.
+        providers: name -> prepares a job on the inputs; what it does there is not timed. Raises
+            `Absent`. Names that begin with "ours" are ours.
+        bounds: the same for what no implementation can beat: not verified, and no rival.
+        headline: the cases that are quoted: under both malloc settings, with peak memory (each
+            provider in a fresh process) and with every provider.
+        headline_only: providers that take part in those alone, because they take seconds.
         bytes_moved: what any implementation has to read and write at least.
-        copy: a plain copy on the inputs and its bytes (read and written), whose bandwidth is the
-            roofline; None where memory is not what bounds the op.
-        memory: the cases whose peak memory is measured, each provider in a fresh process (seconds).
+        flops: what any implementation has to multiply and add; causal products count half.
+        seconds: the time that the op may take in the default pass, memory included. When it runs
+            out, cases get fewer samples, but never less than `Effort.least`.
     """
 
     name: str
     cases: Sequence[Any]
     small: Sequence[Any]
     inputs: Callable[[Any], Any]
-    exact: Callable[[Any], Sequence[Tensor]]
+    exact: Callable[[Any], Sequence[Tensor]] | None
     tolerance: Callable[[Any], float]
     providers: Mapping[str, Callable[[Any], Job]]
+    bounds: Mapping[str, Callable[[Any], Job]] = dataclasses.field(default_factory=dict)
+    headline: Callable[[Any], bool] = lambda case: True
+    headline_only: Sequence[str] = ()
     bytes_moved: Callable[[Any], int] | None = None
-    copy: Callable[[Any], tuple[Job, int]] | None = None
-    memory: Callable[[Any], bool] = lambda case: True
+    flops: Callable[[Any], int] | None = None
+    seconds: float = 60
 
 
 def load(name: str) -> Benchmark:

@@ -1,10 +1,13 @@
-"""`python -m benchmarks.run`: measures every case of every op into one CSV an op, then plots them.
+"""`sra bench`, or `python -m benchmarks.run`: measures each op into a CSV, then plots them.
 
 Each malloc setting gets a process of its own, because glibc reads its tunables at start only:
 
     default  what a user gets. glibc gives large blocks back to the system at once, so most of what
              an op returns is fresh memory, and first touching it costs more than the arithmetic.
     tuned    freed memory is kept and used again, as under jemalloc or in a long training run.
+             The headline cases only.
+
+Rivals are optional: `pip install 'sra[bench]'` brings those that run on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +42,30 @@ PARTIAL = Path("build/benchmarks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="sra bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--op", choices=NAMES, action="append", help="only this op (repeatable)")
     parser.add_argument("--only", default="", help="only cases whose label matches this regex")
     parser.add_argument("--quick", action="store_true", help="small sizes, few samples")
     parser.add_argument("--list", action="store_true", help="print the cases' labels and stop")
     parser.add_argument(
+        "--base",
+        metavar="REV",
+        help="build this commit beside the working tree and compare ours of both, headline cases",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder for CSV, plot and table (default: {RESULTS.parent.name}/{RESULTS.name} for "
-        f"a full run, {PARTIAL} for a part)",
+        help=f"folder for CSV, plot and table (default: {RESULTS.parent.name}/{RESULTS.name}, "
+        f"and README.md, for a full run, {PARTIAL} for a part)",
     )
     parser.add_argument("--malloc", choices=TUNABLES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    out: Path = args.out or (PARTIAL if args.only or args.quick else RESULTS)
+    part = bool(args.only or args.quick)
+    out: Path = args.out or (PARTIAL if part else RESULTS)
     chosen = {
         name: [
             case
@@ -62,9 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{name}: {label(case)}" for name in chosen for case in chosen[name]))
         return 0
+    if args.base:
+        from benchmarks.compare import compare
+
+        quoted = {
+            name: [case for case in cases if part or load(name).headline(case)]
+            for name, cases in chosen.items()
+        }
+        print(compare(args.base, quoted))
+        return 0
     if args.malloc:
         return _measure_here(chosen, args.malloc, args.quick, out)
 
+    begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         (out / f"{name}.csv").unlink(missing_ok=True)
@@ -77,16 +102,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in chosen:
         if (out / f"{name}.csv").exists():
             print(*plot.write(out / f"{name}.csv"), sep="\n")
+    if out == RESULTS:
+        plot.rewrite_readme(plot.README, RESULTS)
+    print(f"{time.perf_counter() - begin:.0f} s in all")
     return status
 
 
 def _measure_here(chosen: dict[str, list[Any]], malloc: str, quick: bool, out: Path) -> int:
     """Measures under this process's malloc; 1 where an implementation of ours was refused."""
-    effort = Effort(most=5, least=3, seconds=0.05) if quick else Effort()
     status = 0
     for name, cases in chosen.items():
-        for i, case in enumerate(cases, 1):
-            print(f"{name} {i}/{len(cases)}, {malloc} malloc: {label(case)}", flush=True)
+        benchmark, begin = load(name), time.perf_counter()
+        if malloc != "default" and not quick:
+            cases = [case for case in cases if benchmark.headline(case)]
+        # The share of the op's time that these cases have, were they all alike.
+        budget = benchmark.seconds * len(cases) / len(benchmark.cases)
+        for i, case in enumerate(cases):
+            print(f"{name} {i + 1}/{len(cases)}, {malloc} malloc: {label(case)}", flush=True)
+            left = budget - (time.perf_counter() - begin)
+            effort = Effort(seconds=max(left, 0) / (len(cases) - i))
+            if quick:
+                effort = Effort(most=5, seconds=0.5)
             # Memory is a property of the allocator that people have.
             try:
                 rows = measure(name, case, effort, malloc == "default", lambda x: print("   ", x))
@@ -98,8 +134,9 @@ def _measure_here(chosen: dict[str, list[Any]], malloc: str, quick: bool, out: P
                 _append(out / f"{name}.csv", name, case, malloc, row)
                 if "median_ms" in row:
                     print(f"    {row['provider']:28}{row['median_ms']:9.3f} ms", flush=True)
-                elif row["provider"].startswith("ours"):
+                elif row["kind"] == "ours":
                     status = 1
+        print(f"{name}, {malloc} malloc: {time.perf_counter() - begin:.0f} s", flush=True)
     return status
 
 
@@ -109,10 +146,12 @@ def _append(path: Path, op: str, case: Any, malloc: str, row: dict[str, Any]) ->
     measured |= {k: f"{v:.4g}" for k, v in measured.items() if isinstance(v, float)}
     line = {
         "op": op,
+        "kind": row["kind"],
         "provider": row["provider"],
         **columns(case),
         "malloc": malloc,
         **measured,
+        "package": _versioned(row.get("package", "")),
         **_machine(),
         "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -122,6 +161,10 @@ def _append(path: Path, op: str, case: Any, malloc: str, row: dict[str, Any]) ->
         if fresh:
             writer.writeheader()
         writer.writerow(line)
+
+
+def _versioned(package: str) -> str:
+    return f"{package} {metadata.version(package)}" if package else ""
 
 
 @functools.cache

@@ -1,9 +1,11 @@
-"""The command line: `sra align`, `sra distill`, `sra demo`."""
+"""The command line: `sra align`, `sra distill`, `sra demo`, `sra bench`."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,12 @@ RECIPES = ("boundary", "paper", "cross-entropy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can mend are one sentence, without a traceback."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "bench":
+        args.options = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -79,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="runs/demo")
     demo.add_argument("--scale", type=float, default=1.0, help="fewer (0.1) or more (4) steps")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench", help="every kernel beside its rivals (from a checkout)", add_help=False
+    )
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -187,6 +199,21 @@ def _demo(args: argparse.Namespace) -> int:
         layers=args.layers,
         output=Path(args.output),
         scale=args.scale,
+    )
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Benchmarks are no part of the package: they are run from the checkout that it comes from."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "benchmarks" / "run.py").exists():
+        raise RuntimeError(
+            "the benchmarks are in the source repository, not in the installed package. In a "
+            "checkout of it, `make bench` installs and runs them."
+        )
+    path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
+    return subprocess.call(
+        [sys.executable, "-m", "benchmarks.run", *args.options],
+        env={**os.environ, "PYTHONPATH": path},
     )
 
 

@@ -23,7 +23,9 @@ MODULES = {"cpu": "cpu", "torch": "portable"}
 
 def in_cpp(op: str) -> bool:
     """Whether the C++ library is loaded and has this operation."""
-    return native.cpu is not None and hasattr(native.cpu, f"sra_{op}_forward")
+    return native.cpu is not None and (
+        hasattr(native.cpu, f"sra_{op}_forward") or op == "linear_span_kl"
+    )
 
 
 def _checked(name: str) -> str:
@@ -124,9 +126,12 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     import importlib
 
     name = op.__name__
-    module: ModuleType = importlib.import_module(f"sra_kernels.{name}.portable")
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     chosen, reason = select(name, torch.device("cpu") if device.type == "meta" else device)
+    serving = MODULES.get(chosen, "portable")
+    module: ModuleType = importlib.import_module(f"sra_kernels.{name}.{serving}")
+    if not hasattr(module, "plan"):
+        module = importlib.import_module(f"sra_kernels.{name}.portable")
     chunk, peak = module.plan(*args, **kwargs)
     return Plan(name, chosen, reason, chunk, peak)

@@ -23,21 +23,24 @@ _LINEAR = (
 )
 
 SCHEMAS = {
-    "span_com_forward": "(Tensor hidden, Tensor spans, Tensor? weights, bool wide_com) "
-    "-> (Tensor, Tensor)",
+    "span_com_forward": "(Tensor hidden, Tensor spans, Tensor? weights) -> (Tensor, Tensor)",
     "span_com_backward": "(Tensor grad_com, Tensor grad_mass, Tensor spans, Tensor? weights, "
-    "Tensor mass, Tensor? hidden, Tensor? com, SymInt tokens, bool need_hidden, "
-    "bool need_weights) -> (Tensor, Tensor)",
+    "Tensor mass, Tensor? hidden, SymInt tokens, bool need_hidden, bool need_weights) "
+    "-> (Tensor, Tensor)",
     "attention_mass_forward": "(Tensor query, Tensor key, Tensor? query_index, float scale, "
-    "Tensor? key_mask, float? softcap, SymInt? window) -> Tensor",
+    "Tensor? key_mask, float? softcap, SymInt? window, Tensor? lse) -> Tensor",
     "span_kl_forward": "(Tensor student_logits, Tensor teacher_logits, Tensor? student_ids, "
     "Tensor? teacher_ids, float temperature, str direction, float? beta, str outside, "
     "bool need_mass, bool need_grad) -> (Tensor, Tensor, Tensor)",
-    "span_kl_backward": "(Tensor grad_kl, Tensor grad, ScalarType dtype) -> Tensor",
+    "span_kl_backward": "(Tensor grad_kl, Tensor stats, Tensor student_logits, "
+    "Tensor teacher_logits, Tensor? student_ids, Tensor? teacher_ids, float temperature, "
+    "str direction, float? beta, str outside) -> Tensor",
     "linear_span_kl_forward": f"({_LINEAR}, bool need_mass, bool need_student, bool need_head, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_span_kl_backward": f"(Tensor grad_kl, {_LINEAR}, bool need_student, bool need_head, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_span_kl_restore": "(Tensor grad, Tensor? factor, Tensor ids, SymInt entries, "
+    "ScalarType dtype) -> Tensor",
     "span_geometry_forward": "(Tensor student, Tensor teacher, Tensor weights, Tensor offsets, "
     "bool need_grad) -> (Tensor, Tensor)",
 }
@@ -71,9 +74,14 @@ def _guard(op: str, function: str) -> Callable[..., Any]:
     return run
 
 
+def op_of(function: str) -> str:
+    """The op that a function of SCHEMAS belongs to: its name but for the last word."""
+    return function.rpartition("_")[0]
+
+
 def _register() -> None:
     for function, schema in SCHEMAS.items():
-        op = function.removesuffix("_forward").removesuffix("_backward")
+        op = op_of(function)
         _library.define(function + schema)
         _library.impl(function, _implementation(op, function), "CompositeExplicitAutograd")
         _library.impl(function, _guard(op, function), "Autograd")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 OK = 0
 VARIABLE = "SRA_KERNELS_CPU_LIBRARY"  # another build of csrc/cpu: with a sanitizer, say
@@ -44,3 +44,11 @@ def address(x: Tensor | None) -> int | None:
 def rows(x: Tensor) -> Tensor:
     """x itself where its rows lie contiguous, at whatever stride from each other."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def prefer_huge_pages(x: Tensor) -> Tensor:
+    """x, for whose memory the system is asked for huge pages: the first touch of fresh memory costs
+    more than most arithmetic. Advice alone, and none where x is not on a CPU."""
+    if cpu is not None and x.device.type == "cpu":
+        cpu.sra_prefer_huge_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
+    return x

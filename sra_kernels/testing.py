@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sra_kernels.library import op_of
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # An error of ours may be this many times that of plain torch in the same dtype, both against
@@ -119,8 +121,7 @@ class AllocatedMemory(TorchDispatchMode):
                 self._count(x.untyped_storage(), outside=True)
         if func.namespace == "sra_kernels":
             name = func._schema.name.split("::")[1]
-            op = name.removesuffix("_forward").removesuffix("_backward")
-            portable = importlib.import_module(f"sra_kernels.{op}.portable")
+            portable = importlib.import_module(f"sra_kernels.{op_of(name)}.portable")
             with self:
                 return getattr(portable, name)(*args, **kwargs)
         out = func(*args, **kwargs)

@@ -4,6 +4,7 @@
 // writes tokens*dim (and reads it when the weights learn). Every output element is summed by one
 // thread in one order, so the same input gives the same bits for any number of threads.
 
+#include "combine.h"
 #include "parallel.h"
 #include "sra_kernels.h"
 #include "vector.h"
@@ -39,8 +40,8 @@ ALWAYS_INLINE double mass_of(const A* weights, Span s) {
   return mass;
 }
 
-// The share of each row in its span. A span of zero mass falls back to its plain mean, which reads a
-// weight of 1 again and again: without a branch, the loops that use a share vectorise.
+// The share of each row in its span. A span of zero mass falls back to its plain mean, which reads
+// a weight of 1 again and again: without a branch, the loops that use a share vectorise.
 template <class A>
 class Shares {
  public:
@@ -60,101 +61,120 @@ class Shares {
   double mass_;
 };
 
-// com[s, first:last] for one span, rounded to O.
-template <class T, class O>
+// then(f, rows...) for rows t..t + count, one to four of them; f is their weighted sum.
+template <class W, class Row, class Then>
+ALWAYS_INLINE void weigh(int64_t count, int64_t t, const W& w, const Row& row, const Then& then) {
+  const auto w0 = w(t);
+  using A = decltype(w0 + w0);
+  if (count == 1) return then([=](A x0) { return w0 * x0; }, row(t));
+  const A w1 = w(t + 1);
+  if (count == 2)
+    return then([=](A x0, A x1) { return w0 * x0 + w1 * x1; }, row(t), row(t + 1));
+  const A w2 = w(t + 2);
+  if (count == 3)
+    return then([=](A x0, A x1, A x2) { return w0 * x0 + w1 * x1 + w2 * x2; }, row(t), row(t + 1),
+                row(t + 2));
+  const A w3 = w(t + 3);
+  then([=](A x0, A x1, A x2, A x3) { return (w0 * x0 + w1 * x1) + (w2 * x2 + w3 * x3); }, row(t),
+       row(t + 1), row(t + 2), row(t + 3));
+}
+
+// com[s, first:last] for one span.
+template <class T>
 ALWAYS_INLINE void forward_span(const sra_span_com& p, int64_t s, int64_t first, int64_t last,
                                 double mass) {
   using A = acc_t<T>;
   const Span span = span_of(p, s);
-  const A* weights = static_cast<const A*>(p.weights);
   const T* hidden = static_cast<const T*>(p.hidden);
-  O* com = static_cast<O*>(p.com) + s * p.dim;
-  const auto row = [&](int64_t t) { return hidden + t * p.hidden_stride; };
-  const Shares<A> w(weights, mass, span);
-  const int64_t b = span.begin, length = span.end - span.begin;
+  T* com = static_cast<T*>(p.com) + s * p.dim;
+  const Shares<A> w(static_cast<const A*>(p.weights), mass, span);
+  const int64_t length = span.end - span.begin;
 
   // 94 % of real spans are one token, nearly all the rest two or three: no accumulators for those.
   if (length == 0) {
     write_row(com + first, last - first, [](int64_t) { return A(0); });
   } else if (length == 1) {
-    const T* r0 = row(b) + first;
-    copy_row(com + first, r0, last - first);
-  } else if (length == 2) {
-    const T *r0 = row(b) + first, *r1 = row(b + 1) + first;
-    const A w0 = w(b), w1 = w(b + 1);
-    write_row(com + first, last - first,
-              [=](int64_t i) { return w0 * load(r0[i]) + w1 * load(r1[i]); });
-  } else if (length == 3) {
-    const T *r0 = row(b) + first, *r1 = row(b + 1) + first, *r2 = row(b + 2) + first;
-    const A w0 = w(b), w1 = w(b + 1), w2 = w(b + 2);
-    write_row(com + first, last - first, [=](int64_t i) {
-      return w0 * load(r0[i]) + w1 * load(r1[i]) + w2 * load(r2[i]);
-    });
+    copy_row(com + first, hidden + span.begin * p.hidden_stride + first, last - first);
+  } else if (length <= 4) {
+    const auto row = [=](int64_t t) { return hidden + t * p.hidden_stride + first; };
+    weigh(length, span.begin, w, row,
+          [=](auto f, auto... rows) { combine(com + first, last - first, f, rows...); });
   } else {
     for (int64_t d = first; d < last; d += kColumns) {
-      const int64_t n = std::min(kColumns, last - d);
-      A sum[kColumns];
-      std::fill_n(sum, n, A(0));
-      int64_t t = b;
-      for (; t + 4 <= span.end; t += 4) {
-        const T *r0 = row(t) + d, *r1 = row(t + 1) + d, *r2 = row(t + 2) + d, *r3 = row(t + 3) + d;
-        const A w0 = w(t), w1 = w(t + 1), w2 = w(t + 2), w3 = w(t + 3);
-        for (int64_t i = 0; i < n; ++i)
-          sum[i] += (w0 * load(r0[i]) + w1 * load(r1[i])) + (w2 * load(r2[i]) + w3 * load(r3[i]));
-      }
-      for (; t < span.end; ++t) {
-        const T* r0 = row(t) + d;
-        const A w0 = w(t);
-        for (int64_t i = 0; i < n; ++i) sum[i] += w0 * load(r0[i]);
-      }
-      write_row(com + d, n, [&](int64_t i) { return sum[i]; });
+      const auto row = [=](int64_t t) { return hidden + t * p.hidden_stride + d; };
+      Sums<T, kColumns> sums(std::min(kColumns, last - d));
+      // The rows that are left over from groups of four come first.
+      int64_t t = span.begin + (length - 1) % 4 + 1;
+      weigh(t - span.begin, span.begin, w, row,
+            [&](auto f, auto... rows) { sums.set(f, rows...); });
+      for (; t + 4 < span.end; t += 4)
+        weigh(4, t, w, row, [&](auto f, auto... rows) { sums.add(f, rows...); });
+      weigh(4, t, w, row, [&](auto f, auto... rows) { sums.finish(com + d, f, rows...); });
     }
   }
 }
 
-// Spans first_span..last_span of at most long_rows rows, whole rows of com each.
+// Columns first..last of the spans begin..end.
 template <class T>
-ALWAYS_INLINE void forward_range(const sra_span_com& p, int64_t first_span, int64_t last_span,
-                                 int64_t long_rows) {
+ALWAYS_INLINE void forward_range(const sra_span_com& p, int64_t begin, int64_t end, int64_t first,
+                                 int64_t last) {
   using A = acc_t<T>;
-  for (int64_t s = first_span; s < last_span; ++s) {
-    const Span span = span_of(p, s);
-    if (span.end - span.begin > long_rows) continue;
-    const double mass = mass_of(static_cast<const A*>(p.weights), span);
-    static_cast<A*>(p.mass)[s] = A(mass);
-    if (p.wide_com) forward_span<T, A>(p, s, 0, p.dim, mass);
-    else forward_span<T, T>(p, s, 0, p.dim, mass);
+  for (int64_t s = begin; s < end; ++s) {
+    const double mass = mass_of(static_cast<const A*>(p.weights), span_of(p, s));
+    if (first == 0) static_cast<A*>(p.mass)[s] = A(mass);
+    forward_span<T>(p, s, first, last, mass);
   }
 }
 
-// One long span, its columns split over the threads: no partial sums to add up.
-template <class T>
-ALWAYS_INLINE void forward_columns(const sra_span_com& p, int64_t s, int64_t first, int64_t last) {
-  using A = acc_t<T>;
-  const double mass = mass_of(static_cast<const A*>(p.weights), span_of(p, s));
-  if (first == 0) static_cast<A*>(p.mass)[s] = A(mass);
-  if (p.wide_com) forward_span<T, A>(p, s, first, last, mass);
-  else forward_span<T, T>(p, s, first, last, mass);
+// The gradient of a weight is g·(h - com) / mass, and com is a mean of rows: so g·(h - r) for every
+// row h of the span, less the mean of that, needs no centre to be kept or read. r is the span's
+// heaviest row, which the centre is largely made of: from there, little cancels.
+template <class A>
+ALWAYS_INLINE int64_t heaviest(const A* weights, Span s) {
+  return weights ? std::max_element(weights + s.begin, weights + s.end) - weights : s.begin;
 }
 
-template <class T, class A>
-ALWAYS_INLINE A centred_dot(const T* grad, const T* hidden, const A* com, int64_t n) {
-  constexpr int kLanes = 32;
-  A lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int k = 0; k < kLanes; ++k)
-      lane[k] += load(grad[i + k]) * (load(hidden[i + k]) - com[i + k]);
-  A sum = 0;
-  for (; i < n; ++i) sum += load(grad[i]) * (load(hidden[i]) - com[i]);
-  for (int k = 0; k < kLanes; ++k) sum += lane[k];
-  return sum;
+// pairs[s]: rows in the spans before s. slopes[pairs[s] + i]: for row i of span s.
+template <class A>
+struct Slopes {
+  std::vector<int64_t> pairs;
+  std::vector<A> values;
+};
+
+// g·(h - r) for the pairs first..last of a span and a row.
+template <class T>
+ALWAYS_INLINE void dots_range(const sra_span_com& p, Slopes<acc_t<T>>& slopes, int64_t first,
+                              int64_t last) {
+  using A = acc_t<T>;
+  const T* hidden = static_cast<const T*>(p.hidden);
+  const A* mass = static_cast<const A*>(p.mass);
+  const std::vector<int64_t>& pairs = slopes.pairs;
+  int64_t s = std::upper_bound(pairs.begin(), pairs.end(), first) - pairs.begin() - 1;
+  for (; s < p.count && pairs[s] < last; ++s) {
+    const Span span = span_of(p, s);
+    // The fallback to the plain mean does not depend on the weights, nor does a lone row.
+    if (mass[s] == 0 || span.end - span.begin == 1) continue;
+    const T* grad = static_cast<const T*>(p.grad_com) + s * p.dim;
+    const int64_t r = heaviest(static_cast<const A*>(p.weights), span);
+    const T* from = hidden + r * p.hidden_stride;
+    const int64_t begin = std::max(first, pairs[s]), end = std::min(last, pairs[s + 1]);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t t = span.begin + pair - pairs[s];
+      if (t == r) continue;
+      const T* row = hidden + t * p.hidden_stride;
+      double sum = 0;  // of short runs, so that wide rows lose nothing
+      for (int64_t d = 0; d < p.dim; d += kColumns)
+        sum += dot_from(grad + d, row + d, from + d, std::min(kColumns, p.dim - d));
+      slopes.values[pair] = A(sum);
+    }
+  }
 }
 
 // Rows first..last of the gradients. The spans that cover a row are a contiguous range, because
 // both columns of spans are non-decreasing: so this gathers, and needs no atomics.
 template <class T>
-ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t last) {
+ALWAYS_INLINE void backward_range(const sra_span_com& p, const Slopes<acc_t<T>>& slopes,
+                                  int64_t first, int64_t last) {
   using A = acc_t<T>;
   const A* weights = static_cast<const A*>(p.weights);
   const A* mass = static_cast<const A*>(p.mass);
@@ -186,68 +206,58 @@ ALWAYS_INLINE void backward_range(const sra_span_com& p, int64_t first, int64_t 
         const T* g = grad_com + lo * p.dim;
         const A w = Shares<A>(weights, mass[lo], span_of(p, lo))(t);
         if (w == 1) copy_row(out, g, p.dim);
-        else write_row(out, p.dim, [=](int64_t i) { return w * load(g[i]); });
+        else combine(out, p.dim, [=](A x) { return w * x; }, g);
       } else {
         for (int64_t d = 0; d < p.dim; d += kColumns) {
-          const int64_t n = std::min(kColumns, p.dim - d);
-          A sum[kColumns];
-          std::fill_n(sum, n, A(0));
-          for (int64_t s = lo; s < hi; ++s) {
-            const T* g = grad_com + s * p.dim + d;
+          const auto times_share = [=](int64_t s) {
             const A w = Shares<A>(weights, mass[s], span_of(p, s))(t);
-            for (int64_t i = 0; i < n; ++i) sum[i] += w * load(g[i]);
-          }
-          write_row(out + d, n, [&](int64_t i) { return sum[i]; });
+            return [=](A x) { return w * x; };
+          };
+          const auto row = [=](int64_t s) { return grad_com + s * p.dim + d; };
+          Sums<T, kColumns> sums(std::min(kColumns, p.dim - d));
+          sums.set(times_share(lo), row(lo));
+          for (int64_t s = lo + 1; s + 1 < hi; ++s) sums.add(times_share(s), row(s));
+          sums.finish(out + d, times_share(hi - 1), row(hi - 1));
         }
       }
     }
     if (grad_weights) {
       A sum = 0;
       for (int64_t s = lo; s < hi; ++s) {
-        sum += grad_mass[s];
-        // The fallback to the plain mean does not depend on the weights, nor does a lone row.
-        if (mass[s] == 0 || p.spans[2 * s + 1] - p.spans[2 * s] == 1) continue;
-        const T* hidden = static_cast<const T*>(p.hidden) + t * p.hidden_stride;
-        const A* com = static_cast<const A*>(p.com) + s * p.dim;
-        sum += centred_dot<T, A>(grad_com + s * p.dim, hidden, com, p.dim) / mass[s];
+        sum += grad_mass[s] + slopes.values[slopes.pairs[s] + t - p.spans[2 * s]];
       }
       grad_weights[t] = sum;
     }
   }
 }
 
+// Each dtype's loops, compiled for every instruction set.
+template <class T>
+struct Kernels;
 #define FOR_DTYPE(NAME, T)                                                                        \
-  CLONES void forward_range_##NAME(const sra_span_com& p, int64_t a, int64_t b, int64_t l) {      \
-    forward_range<T>(p, a, b, l);                                                                 \
+  CLONES void forward_range_##NAME(const sra_span_com& p, int64_t begin, int64_t end,             \
+                                   int64_t first, int64_t last) {                                 \
+    forward_range<T>(p, begin, end, first, last);                                                 \
   }                                                                                               \
-  CLONES void forward_columns_##NAME(const sra_span_com& p, int64_t s, int64_t a, int64_t b) {    \
-    forward_columns<T>(p, s, a, b);                                                               \
+  CLONES void dots_range_##NAME(const sra_span_com& p, Slopes<acc_t<T>>& slopes, int64_t first,   \
+                                int64_t last) {                                                   \
+    dots_range<T>(p, slopes, first, last);                                                        \
   }                                                                                               \
-  CLONES void backward_range_##NAME(const sra_span_com& p, int64_t a, int64_t b) {                \
-    backward_range<T>(p, a, b);                                                                   \
-  }
+  CLONES void backward_range_##NAME(const sra_span_com& p, const Slopes<acc_t<T>>& slopes,        \
+                                    int64_t first, int64_t last) {                                \
+    backward_range<T>(p, slopes, first, last);                                                    \
+  }                                                                                               \
+  template <>                                                                                     \
+  struct Kernels<T> {                                                                             \
+    static constexpr auto forward = forward_range_##NAME;                                         \
+    static constexpr auto dots = dots_range_##NAME;                                               \
+    static constexpr auto backward = backward_range_##NAME;                                       \
+  };
 FOR_DTYPE(f32, float)
 FOR_DTYPE(bf16, bf16)
 FOR_DTYPE(f16, f16)
 FOR_DTYPE(f64, double)
 #undef FOR_DTYPE
-
-struct Kernels {
-  void (*forward_range)(const sra_span_com&, int64_t, int64_t, int64_t);
-  void (*forward_columns)(const sra_span_com&, int64_t, int64_t, int64_t);
-  void (*backward_range)(const sra_span_com&, int64_t, int64_t);
-  int64_t element_bytes;
-};
-
-const Kernels* kernels_for(int32_t dtype) {
-  static const Kernels table[] = {
-      {forward_range_f32, forward_columns_f32, backward_range_f32, 4},
-      {forward_range_bf16, forward_columns_bf16, backward_range_bf16, 2},
-      {forward_range_f16, forward_columns_f16, backward_range_f16, 2},
-      {forward_range_f64, forward_columns_f64, backward_range_f64, 8},
-  };
-  return dtype >= SRA_F32 && dtype <= SRA_F64 ? &table[dtype] : nullptr;
-}
 
 template <class A>
 bool weights_are_bad(const void* weights, int64_t n) {
@@ -258,7 +268,7 @@ bool weights_are_bad(const void* weights, int64_t n) {
 }
 
 int refuse(const sra_span_com& p) {
-  if (!kernels_for(p.dtype)) return SRA_BAD_DTYPE;
+  if (p.dtype < SRA_F32 || p.dtype > SRA_F64) return SRA_BAD_DTYPE;
   int64_t begin = 0, end = 0;
   for (int64_t s = 0; s < p.count; ++s) {
     const Span span = span_of(p, s);
@@ -272,53 +282,106 @@ int refuse(const sra_span_com& p) {
   return bad ? SRA_BAD_WEIGHTS : SRA_OK;
 }
 
-}  // namespace
-}  // namespace sra
+template <class T>
+void forward(const sra_span_com& p) {
+  const auto work_of = [&](int64_t s) {  // rows read, and one written
+    const Span span = span_of(p, s);
+    return span.end - span.begin + 1;
+  };
+  int64_t total = 0;
+  for (int64_t s = 0; s < p.count; ++s) total += work_of(s);
+  const int threads = threads_for(total * p.dim, kElementsPerThread, p.threads);
+  prefer_huge_pages(p.com, p.count * p.dim * int64_t(sizeof(T)));
 
-int sra_span_com_forward(const sra_span_com* params) {
-  using namespace sra;
-  const sra_span_com& p = *params;
-  if (const int status = refuse(p)) return status;
-  const Kernels& kernels = *kernels_for(p.dtype);
+  // work[s]: of the spans before s, but for the long ones, which all threads share.
+  const int64_t long_work = std::max<int64_t>(64, total / (4 * threads));
+  std::vector<int64_t> work(p.count + 1, 0), long_spans;
+  for (int64_t s = 0; s < p.count; ++s) {
+    const bool is_long = work_of(s) > long_work;
+    if (is_long) long_spans.push_back(s);
+    work[s + 1] = work[s] + (is_long ? 0 : work_of(s));
+  }
 
-  // work[s]: rows read by the spans before s, plus one for each row written.
-  std::vector<int64_t> work(p.count + 1, 0);
-  for (int64_t s = 0; s < p.count; ++s)
-    work[s + 1] = work[s] + 1 + p.spans[2 * s + 1] - p.spans[2 * s];
-  const int threads = threads_for(work[p.count] * p.dim, kElementsPerThread, p.threads);
-  const int64_t com_bytes = p.wide_com && p.dtype != SRA_F64 ? 4 : kernels.element_bytes;
-  prefer_huge_pages(p.com, p.count * p.dim * com_bytes);
-  const int64_t long_rows = std::max<int64_t>(64, work[p.count] / (4 * threads));
-
-  const auto run = [&](int64_t i, int64_t n) {
+  parallel(threads, [&](int64_t i, int64_t n) {
     const auto span_at = [&](int64_t w) {
       return std::lower_bound(work.begin(), work.end(), w) - work.begin();
     };
     const int64_t first = i == 0 ? 0 : span_at(part(work[p.count], i, n));
     const int64_t last = i + 1 == n ? p.count : span_at(part(work[p.count], i + 1, n));
-    kernels.forward_range(p, first, last, long_rows);
-    for (int64_t s = 0; s < p.count; ++s) {
-      if (p.spans[2 * s + 1] - p.spans[2 * s] <= long_rows) continue;
-      const int64_t blocks = (p.dim + 15) / 16;  // whole cache lines to each thread
-      kernels.forward_columns(p, s, part(blocks, i, n) * 16,
-                              std::min(p.dim, part(blocks, i + 1, n) * 16));
+    // A long span is shared column by column: no partial sums to add up.
+    const int64_t blocks = (p.dim + 15) / 16;  // whole cache lines to each thread
+    const int64_t first_column = part(blocks, i, n) * 16;
+    const int64_t last_column = std::min(p.dim, part(blocks, i + 1, n) * 16);
+    int64_t begin = first;
+    for (const int64_t s : long_spans) {
+      Kernels<T>::forward(p, s, s + 1, first_column, last_column);
+      if (s < first || s >= last) continue;
+      Kernels<T>::forward(p, begin, s, 0, p.dim);
+      begin = s + 1;
     }
-  };
-  parallel(threads, run);
+    Kernels<T>::forward(p, begin, last, 0, p.dim);
+  });
+}
+
+template <class T>
+Slopes<acc_t<T>> slopes_of(const sra_span_com& p) {
+  using A = acc_t<T>;
+  Slopes<A> slopes;
+  if (!p.grad_weights) return slopes;
+  slopes.pairs.assign(p.count + 1, 0);
+  for (int64_t s = 0; s < p.count; ++s)
+    slopes.pairs[s + 1] = slopes.pairs[s] + p.spans[2 * s + 1] - p.spans[2 * s];
+  const int64_t n = slopes.pairs[p.count];
+  slopes.values.assign(n, A(0));
+  parallel(threads_for(n * p.dim, kElementsPerThread, p.threads), [&](int64_t i, int64_t count) {
+    Kernels<T>::dots(p, slopes, part(n, i, count), part(n, i + 1, count));
+  });
+  const A* mass = static_cast<const A*>(p.mass);
+  for (int64_t s = 0; s < p.count; ++s) {
+    const Span span = span_of(p, s);
+    if (mass[s] == 0 || span.end - span.begin == 1) continue;
+    const Shares<A> share(static_cast<const A*>(p.weights), mass[s], span);
+    A* slope = slopes.values.data() + slopes.pairs[s] - span.begin;
+    double mean = 0;
+    for (int64_t t = span.begin; t < span.end; ++t) mean += double(share(t)) * slope[t];
+    for (int64_t t = span.begin; t < span.end; ++t) slope[t] = A((slope[t] - mean) / mass[s]);
+  }
+  return slopes;
+}
+
+template <class T>
+void backward(const sra_span_com& p) {
+  const Slopes<acc_t<T>> slopes = slopes_of<T>(p);
+  const int threads = threads_for(p.tokens * p.dim, kElementsPerThread, p.threads);
+  if (p.grad_hidden) prefer_huge_pages(p.grad_hidden, p.tokens * p.dim * int64_t(sizeof(T)));
+  parallel(threads, [&](int64_t i, int64_t n) {
+    Kernels<T>::backward(p, slopes, part(p.tokens, i, n), part(p.tokens, i + 1, n));
+  });
+}
+
+}  // namespace
+}  // namespace sra
+
+int sra_span_com_forward(const sra_span_com* p) {
+  using namespace sra;
+  if (const int status = refuse(*p)) return status;
+  switch (p->dtype) {
+    case SRA_F32: forward<float>(*p); break;
+    case SRA_BF16: forward<bf16>(*p); break;
+    case SRA_F16: forward<f16>(*p); break;
+    case SRA_F64: forward<double>(*p); break;
+  }
   return SRA_OK;
 }
 
-int sra_span_com_backward(const sra_span_com* params) {
+int sra_span_com_backward(const sra_span_com* p) {
   using namespace sra;
-  const sra_span_com& p = *params;
-  if (const int status = refuse(p)) return status;
-  const Kernels& kernels = *kernels_for(p.dtype);
-  const int threads = threads_for(p.tokens * p.dim, kElementsPerThread, p.threads);
-  if (p.grad_hidden) prefer_huge_pages(p.grad_hidden, p.tokens * p.dim * kernels.element_bytes);
-
-  const auto run = [&](int64_t i, int64_t n) {
-    kernels.backward_range(p, part(p.tokens, i, n), part(p.tokens, i + 1, n));
-  };
-  parallel(threads, run);
+  if (const int status = refuse(*p)) return status;
+  switch (p->dtype) {
+    case SRA_F32: backward<float>(*p); break;
+    case SRA_BF16: backward<bf16>(*p); break;
+    case SRA_F16: backward<f16>(*p); break;
+    case SRA_F64: backward<double>(*p); break;
+  }
   return SRA_OK;
 }

@@ -16,10 +16,13 @@
 
 // One binary, the instruction set chosen when the library is loaded. What a cloned function calls
 // must be ALWAYS_INLINE, or it is built for the baseline (measured: KL rows 280 ms against 70 ms).
+// -DCLONES= builds for the set that -march names, and no other.
+#if !defined(CLONES)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
+#endif
 #endif
 
 namespace sra {

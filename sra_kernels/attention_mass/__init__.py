@@ -18,6 +18,7 @@ def attention_mass(
     key_mask: Tensor | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     r"""Attention that each key receives, summed over heads (SRA, arXiv 2605.01205, token weights).
 
@@ -37,6 +38,9 @@ def attention_mass(
         key_mask: ``[B, T]`` bool, True for a real key; None when all are.
         softcap: c in ``c * tanh(score / c)`` (Gemma-2's ``attn_logit_softcapping``), or None.
         window: a sliding window: a row sees its own key and the ``window - 1`` before it. Or None.
+        lse: ``[B, Hq, Tq]`` float32 (float64 for float64 inputs), each row's log-sum-exp of the
+            visible scores, scaled and capped, natural logarithm, as FlashAttention returns it: the
+            scores need not be kept until their sum is known. For all rows only. None computes it.
 
     Query row i stands at key position ``i + T - Tq``, and sees no later key.
 
@@ -48,10 +52,11 @@ def attention_mass(
     float32 whatever the inputs. Same input, same bits.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; a ``query_index`` out of range.
+        TypeError, ValueError: wrong dtypes, shapes or devices; a ``query_index`` out of range, or
+            together with ``lse``.
 
     Cost: one row reads the keys once, 2·B·Hq·T·d flops; all rows 2·B·Hq·Tq·T·d (half of that when
-    causal), with a chunk of query rows in memory at a time, never a T×T tensor.
+    causal), with a tile of query rows in memory at a time, never a T×T tensor.
 
     >>> weights = attention_mass(q, k, query_index=mask.sum(1) - 1, scale=64**-0.5, key_mask=mask)
     """
@@ -90,10 +95,21 @@ def attention_mass(
         raise ValueError(f"softcap must be positive, not {softcap}; None for no cap.")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}; None for no window.")
+    if lse is not None:
+        wide = check.accumulator(query.dtype)
+        if query_index is not None:
+            raise ValueError("lse goes with all rows of query: leave out query_index or lse.")
+        if lse.dtype != wide or lse.shape != query.shape[:3]:
+            raise TypeError(
+                f"lse is {lse.dtype} {[*lse.shape]}; it must be {wide} {[*query.shape[:3]]}: "
+                "batch, query heads, query rows."
+            )
+        check.same_device("lse", lse, "query", query)
+        lse = lse.detach()
     run = reference.attention_mass
     if backend.current() != "reference":
         run = library.ops.attention_mass_forward
-    return run(query.detach(), key.detach(), query_index, scale, key_mask, softcap, window)
+    return run(query.detach(), key.detach(), query_index, scale, key_mask, softcap, window, lse)
 
 
 __all__ = ["attention_mass"]

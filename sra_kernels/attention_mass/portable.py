@@ -24,6 +24,7 @@ def attention_mass_forward(
     key_mask: Tensor | None,
     softcap: float | None,
     window: int | None,
+    lse: Tensor | None,
 ) -> Tensor:
     (batch, heads, queries, dim), keys = query.shape, key.shape[2]
     check_index(query_index, queries)
@@ -40,7 +41,7 @@ def attention_mass_forward(
         if query_index is not None:
             position = query_index[part, None] + behind
             mass[part] = rows_mass(
-                query[part], key[part], position, 0, scale, real, softcap, window
+                query[part], key[part], position, 0, scale, real, softcap, window, None, None
             )
             continue
         for row in range(0, queries, step):
@@ -52,6 +53,7 @@ def attention_mass_forward(
             mass[part, seen] += rows_mass(
                 query[part, :, row:end], key[part, :, seen], position, begin, scale,
                 None if real is None else real[:, seen], softcap, window, own,
+                None if lse is None else lse[part, :, row:end],
             )  # fmt: skip
     total = mass.sum(1, keepdim=True)
     return mass.div_(total.masked_fill_(total == 0, 1))
@@ -66,11 +68,13 @@ def rows_mass(
     key_mask: Tensor | None,
     softcap: float | None,
     window: int | None,
-    used: Tensor | None = None,
+    used: Tensor | None,
+    lse: Tensor | None,
 ) -> Tensor:
     """Softmax rows summed over heads and query rows, [b, T].
 
     `position` [b or 1, R] is each row's own key; rows that are not `used` [b, R] give nothing.
+    `lse` [b, heads, R] is the log-sum-exp of each row, where it is known.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -89,6 +93,10 @@ def rows_mass(
         visible = visible & used[:, :, None]
     # After every transform: a masked key may hold anything, NaN included.
     scores.masked_fill_(~visible[:, None], -torch.inf)
+    if lse is not None:
+        # Rows that give nothing may hold anything.
+        empty = lse == -torch.inf if used is None else (lse == -torch.inf) | ~used[:, None]
+        return scores.sub_(lse.masked_fill(empty, torch.inf)[..., None]).exp_().sum((1, 2))
     top = scores.amax(3, keepdim=True)
     share = scores.sub_(top.masked_fill_(top == -torch.inf, 0)).exp_()
     total = share.sum(3, keepdim=True)

@@ -16,6 +16,7 @@ def attention_mass(
     key_mask: Tensor | None,
     softcap: float | None,
     window: int | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     wide = check.accumulator(query.dtype)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
@@ -36,7 +37,8 @@ def attention_mass(
             scores = scale * (key[b, :, visible] @ query[b, :, row, :, None]).squeeze(2)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            mass[b, visible] += scores.softmax(1).sum(0)
+            share = scores.softmax(1) if lse is None else (scores - lse[b, :, row, None]).exp()
+            mass[b, visible] += share.sum(0)
         total = mass[b].sum()
         if total > 0:
             mass[b] /= total

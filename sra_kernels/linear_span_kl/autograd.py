@@ -7,6 +7,7 @@ the backward sweeps again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,8 @@ class Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> Any:
         rows, *grads = ctx.saved_tensors
-        scaled = [
-            grad * grad_sum if needed else None
-            for grad, needed in zip(grads, ctx.needs_input_grad[1:4], strict=True)
-        ]
-        return None, *restored(scaled, rows, ctx.like), *[None] * 15
+        need = ctx.needs_input_grad[1:4]
+        return None, *restored(grads, need, grad_sum, rows, ctx.like), *[None] * 15
 
 
 class Each(torch.autograd.Function):
@@ -55,9 +53,8 @@ class Each(torch.autograd.Function):
         inputs = ctx.saved_tensors
         need = ctx.needs_input_grad[1:4]
         grads = ops.linear_span_kl_backward(grad_kl, *inputs, *ctx.options, *need)
-        grads = [grad if needed else None for grad, needed in zip(grads, need, strict=True)]
         rows = rows_in_use(*inputs, *ctx.options)
-        return None, *restored(grads, rows, ctx.like), *[None] * 15
+        return None, *restored(grads, need, None, rows, ctx.like), *[None] * 15
 
 
 def rows_in_use(*args: Any) -> Tensor | None:
@@ -66,15 +63,23 @@ def rows_in_use(*args: Any) -> Tensor | None:
     return None if outside == "bucket" else student_ids
 
 
-def restored(grads: list[Tensor | None], rows: Tensor | None, like: list[Any]) -> list[Any]:
-    """Each gradient in its input's dtype; those of the head's rows in use among zeros."""
-    student, *head_and_bias = grads
-    out: list[Any] = [None if student is None else student.to(like[0][1])]
-    for grad, shape_and_dtype in zip(head_and_bias, like[1:], strict=True):
-        if grad is not None:
-            shape, dtype = shape_and_dtype
-            grad = grad.to(dtype)
-            if rows is not None:
-                grad = grad.new_zeros(shape).index_copy_(0, rows, grad)
-        out.append(grad)
+def restored(
+    grads: Sequence[Tensor], need: Sequence[bool], factor: Tensor | None, rows: Tensor | None,
+    like: list[Any],
+) -> list[Any]:  # fmt: skip
+    """Each needed gradient times the factor in its input's dtype; those of the head's rows in use
+    among zeros."""
+    out: list[Any] = []
+    for i, (grad, needed, shape_and_dtype) in enumerate(zip(grads, need, like, strict=True)):
+        if not needed:
+            out.append(None)
+            continue
+        shape, dtype = shape_and_dtype
+        if i == 0 or rows is None:
+            out.append((grad if factor is None else grad * factor).to(dtype))
+        else:
+            whole = ops.linear_span_kl_restore(
+                grad.view(len(grad), -1), factor, rows, shape[0], dtype
+            )
+            out.append(whole.view(shape))
     return out

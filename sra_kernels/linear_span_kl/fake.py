@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sra_kernels import check
@@ -23,6 +24,12 @@ def linear_span_kl_backward(
     grad_kl: Tensor, student: Tensor, student_head: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _grads(student, student_head, args[4], args[14], *args[-3:])
+
+
+def linear_span_kl_restore(
+    grad: Tensor, factor: Tensor | None, ids: Tensor, entries: torch.SymInt, dtype: torch.dtype
+) -> Tensor:
+    return grad.new_empty((entries, grad.shape[1]), dtype=dtype)
 
 
 def _grads(

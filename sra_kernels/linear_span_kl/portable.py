@@ -1,129 +1,153 @@
 """`linear_span_kl` in torch operations: chunks of spans, so that no whole [S, V] tensor exists.
 
-For each chunk: two matrix products give its logits; `compare` (of span_kl) turns the student's into
-their gradient in place, with every factor folded in; two more products give the gradients of the
-student's states and of its head. Heads are cut to the shared rows once, where those suffice.
+For each chunk: two matrix products give its logits; these become the student's gradient in place,
+with every factor folded in (here by `compare` of span_kl, in cpu.py by the C++ kernel); two more
+products give the gradients of the student's states and of its head. Heads are cut to the shared
+rows once, where those suffice.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sra_kernels import check
+from sra_kernels import check, native
 from sra_kernels.span_kl.options import Vocab
 from sra_kernels.span_kl.portable import block_bytes, block_rows, check_ids, compare, saved_dtype
 
-CHUNK_BYTES = 64 << 20  # the chunk's logits of both sides
+CHUNK_BYTES = 64 << 20  # the chunk's logits of both sides, at least
 # Each chunk adds to the whole head's gradient: with fewer rows than this, that would be the cost.
 MIN_ROWS = 64
-CAST_BYTES = 32 << 20  # the part of a head that is cast at a time, where products need it wider
+PIECE_BYTES = 4 << 20  # the part of a head that is gathered, or cast, at a time
+RESTORED_BYTES = 2 << 20  # the part of a head's gradient that is put in place at a time
 
 
 class Side(NamedTuple):
-    """One model's part: its states, its head (cut to the rows in use), and what follows it."""
+    """One model's part: its states, its head, the head's rows in use, and what follows it."""
 
     hidden: Tensor
     head: Tensor
     bias: Tensor | None
     scale: float | None
     softcap: float | None
+    ids: Tensor | None
+
+    @property
+    def entries(self) -> int:
+        return len(self.head) if self.ids is None else len(self.ids)
 
     @property
     def dtype(self) -> torch.dtype:
         return product_dtype(self.head)
 
-    def parts(self) -> list[slice]:
-        """Ranges of the head whose copy in the dtype of the products is small."""
-        step = len(self.head)
-        if self.head.dtype != self.dtype:
-            step = max(1, CAST_BYTES // (self.head.shape[1] * self.dtype.itemsize))
-        return [slice(i, i + step) for i in range(0, len(self.head), step)]
+    def pieces(self) -> list[slice]:
+        """Ranges of the rows in use whose copy, gathered and in the dtype of the products, is small
+        enough to stay in a CPU's cache; all at once where the head serves as it is."""
+        step = self.entries
+        if self.ids is not None or self.head.dtype != self.dtype:
+            step = max(1, PIECE_BYTES // (self.head.shape[1] * self.dtype.itemsize))
+        return [slice(i, i + step) for i in range(0, self.entries, step)]
 
-    def logits(self, rows: slice) -> Tensor:
+    def rows(self, of: Tensor, piece: slice) -> Tensor:
+        """A piece of the head or of its bias."""
+        part = of[piece] if self.ids is None else of.index_select(0, self.ids[piece])
+        return part.to(self.dtype)
+
+    def buffer(self, rows: int) -> Tensor:
+        """Room for the logits of so many spans; used for one chunk after another."""
+        room = self.hidden.new_empty(rows, self.entries, dtype=self.dtype)
+        return native.prefer_huge_pages(room)
+
+    def logits(self, rows: slice, room: Tensor) -> Tensor:
         hidden = self.hidden[rows].to(self.dtype)
-        out = hidden.new_empty(len(hidden), len(self.head))
-        for part in self.parts():
-            head = self.head[part].to(self.dtype).T
+        out = room[: len(hidden)]
+        for piece in self.pieces():
+            head = self.rows(self.head, piece).T
             if self.bias is None:
-                torch.mm(hidden, head, out=out[:, part])
+                torch.mm(hidden, head, out=out[:, piece])
             else:
-                torch.addmm(self.bias[part].to(self.dtype), hidden, head, out=out[:, part])
+                torch.addmm(self.rows(self.bias, piece), hidden, head, out=out[:, piece])
         return out
 
     def back(self, grad: Tensor) -> Tensor:
         """The gradient of the states, from that of the products."""
-        first, *others = self.parts()
-        out = grad[:, first] @ self.head[first].to(self.dtype)
-        for part in others:
-            out.addmm_(grad[:, part], self.head[part].to(self.dtype))
+        first, *others = self.pieces()
+        out = grad[:, first] @ self.rows(self.head, first)
+        for piece in others:
+            out.addmm_(grad[:, piece], self.rows(self.head, piece))
         return out
 
-    def finish(self, logits: Tensor, temperature: float) -> Tensor:
-        """Scale, softcap and temperature, in place."""
-        if self.scale is not None:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits.div_(temperature)
 
-    def unfinish(self, grad: Tensor, finished: Tensor, temperature: float) -> Tensor:
-        """From the gradient of the finished logits to that of the product, in place."""
-        grad.div_(temperature)
-        if self.softcap is not None:
-            capped = finished * (temperature / self.softcap)
-            grad.mul_(capped.square_().neg_().add_(1))
-        return grad if self.scale is None else grad.mul_(self.scale)
+class Objective(NamedTuple):
+    """What the logits are compared by. Ids are None where the columns are the shared entries."""
+
+    temperature: float
+    direction: str
+    beta: float | None
+    outside: str
+    student_ids: Tensor | None
+    teacher_ids: Tensor | None
 
 
-def linear_span_kl_forward(
-    student: Tensor,
-    student_head: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_head: Tensor,
-    teacher_bias: Tensor | None,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    span_weights: Tensor | None,
-    student_scale: float | None,
-    student_softcap: float | None,
-    teacher_scale: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    direction: str,
-    beta: float | None,
-    outside: str,
-    need_mass: bool,
-    need_student: bool,
-    need_head: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class Chunk(NamedTuple):
+    """Logits of some spans, [C, Vs] and [C, Vt]; what is to be filled, and each span's factor."""
+
+    student: Tensor
+    teacher: Tensor
+    factors: Tensor | None
+    kl: Tensor
+    mass: Tensor | None
+
+
+CompareChunk: TypeAlias = Callable[[Side, Side, Objective, Chunk, bool], None]
+
+
+def linear_span_kl_forward(*args: Any) -> tuple[Tensor, ...]:
+    return forward(compare_chunk, *args)
+
+
+def linear_span_kl_backward(*args: Any) -> tuple[Tensor, ...]:
+    return backward(compare_chunk, *args)
+
+
+def linear_span_kl_restore(
+    grad: Tensor, factor: Tensor | None, ids: Tensor, entries: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of a whole head: `grad` times the factor in the rows `ids`, zeros elsewhere."""
+    whole = grad.new_zeros((entries, grad.shape[1]), dtype=dtype)
+    # A piece at a time: a scaled copy of all would be one more buffer of the head's size.
+    step = max(1, RESTORED_BYTES // max(1, grad.shape[1] * grad.element_size()))
+    for start in range(0, len(grad), step):
+        piece = grad[start : start + step]
+        piece = piece if factor is None else piece * factor
+        whole.index_copy_(0, ids[start : start + step], piece.to(dtype))
+    return whole
+
+
+def forward(compare_chunk: CompareChunk, *args: Any) -> tuple[Tensor, ...]:
     """Returns (weighted kl [S], teacher_shared_mass [S], and the gradients of the sum of the former
     with respect to student, the head's rows in use, and its bias there). Not needed: [0]."""
+    _, student_head, _, _, teacher_head, _, student_ids, teacher_ids, span_weights = args[:9]
     check_ids(student_ids, len(student_head), "student")
     check_ids(teacher_ids, len(teacher_head), "teacher")
     check.weights_content(span_weights, "span_weights")
-    return sweep(
-        student, student_head, student_bias, teacher, teacher_head, teacher_bias, student_ids,
-        teacher_ids, span_weights, student_scale, student_softcap, teacher_scale, teacher_softcap,
-        temperature, direction, beta, outside, need_mass, need_student, need_head, need_bias,
-    )  # fmt: skip
+    return sweep(compare_chunk, *args)
 
 
-def linear_span_kl_backward(grad_kl: Tensor, *constants: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward(compare_chunk: CompareChunk, grad_kl: Tensor, *constants: Any) -> tuple[Tensor, ...]:
     """The gradients for any upstream gradient of the spans: the logits are made again, chunk by
     chunk, and the upstream gradient is folded in before the products."""
     inputs, span_weights, options = constants[:8], constants[8], constants[9:]
     factors = grad_kl if span_weights is None else grad_kl * span_weights
     args = [*inputs, factors, *options[:8], False, *options[8:]]
-    _, _, grad_student, grad_head, grad_bias = sweep(*args)
-    return grad_student, grad_head, grad_bias
+    return sweep(compare_chunk, *args)[2:]
 
 
 def sweep(
+    compare_chunk: CompareChunk,
     student: Tensor,
     student_head: Tensor,
     student_bias: Tensor | None,
@@ -149,63 +173,123 @@ def sweep(
     """One pass over the chunks, with any real factor for each span."""
     cut_student = student_ids if outside != "bucket" else None
     cut_teacher = teacher_ids if outside == "renormalise" and not need_mass else None
-    ours = side(student, student_head, student_bias, student_scale, student_softcap, cut_student)
-    theirs = side(teacher, teacher_head, teacher_bias, teacher_scale, teacher_softcap, cut_teacher)
-    inner_student = student_ids if cut_student is None else None
-    inner_teacher = teacher_ids if cut_teacher is None else None
+    ours = Side(student, student_head, student_bias, student_scale, student_softcap, cut_student)
+    theirs = Side(teacher, teacher_head, teacher_bias, teacher_scale, teacher_softcap, cut_teacher)
+    objective = Objective(
+        temperature, direction, beta, outside,
+        student_ids if cut_student is None else None,
+        teacher_ids if cut_teacher is None else None,
+    )  # fmt: skip
 
     need_grad = need_student or need_head or need_bias
     wide = check.accumulator(student.dtype)
     saved = saved_dtype(student.dtype)
     kl = student.new_empty(len(student), dtype=wide)
-    mass = kl.new_empty(len(student) if need_mass else 0)
+    mass = kl.new_empty(len(student)) if need_mass else None
     grad_student = student.new_empty(student.shape if need_student else 0, dtype=saved)
-    grad_head = kl.new_zeros(ours.head.shape if need_head else 0)
-    grad_bias = kl.new_zeros(len(ours.head) if need_bias else 0)
+    # The first chunk's product writes it: zeros first would be one more pass over the whole head.
+    grad_head = kl.new_empty((ours.entries, student.shape[1]) if need_head else 0)
+    native.prefer_huge_pages(grad_head)
+    grad_bias = kl.new_zeros(ours.entries if need_bias else 0)
+    if len(student) == 0:
+        grad_head.zero_()
 
-    columns = len(ours.head) + len(theirs.head)
-    step = chunk_rows(columns, ours.dtype.itemsize)
-    block = block_rows(max(len(ours.head), len(theirs.head)), student.device)
+    step = chunk_rows(ours.entries + theirs.entries, ours.dtype.itemsize, student_head, need_head)
+    rooms = [x.buffer(min(step, len(student))) for x in (ours, theirs)]
     for start in range(0, len(student), step):
         rows = slice(start, start + step)
-        student_logits, teacher_logits = ours.logits(rows), theirs.logits(rows)
-        for first in range(0, len(student_logits), block):
-            inner = slice(first, first + block)
-            outer = slice(start + first, start + first + len(student_logits[inner]))
-            finished = ours.finish(student_logits[inner].to(wide, copy=True), temperature)
-            values, block_mass, grad = compare(
-                finished, theirs.finish(teacher_logits[inner].to(wide, copy=True), temperature),
-                inner_student, inner_teacher, direction, beta, outside, need_mass, need_grad,
-            )  # fmt: skip
-            # A factor of 0 takes the span out, whatever its states hold.
-            unused = None if factors is None else factors[outer] == 0
-            if factors is not None and unused is not None:
-                values = (values * factors[outer]).masked_fill_(unused, 0)
-            kl[outer] = values
-            if need_mass:
-                mass[outer] = block_mass
-            if need_grad:
-                grad = ours.unfinish(grad, finished, temperature)
-                if factors is not None and unused is not None:
-                    grad.mul_(factors[outer, None]).masked_fill_(unused[:, None], 0)
-                student_logits[inner] = grad  # rounded once, to the dtype of the products
-                if need_bias:
-                    grad_bias += grad.sum(0)
+        factor = None if factors is None else factors[rows]
+        part = None if mass is None else mass[rows]
+        logits = ours.logits(rows, rooms[0]), theirs.logits(rows, rooms[1])
+        chunk = Chunk(*logits, factor, kl[rows], part)
+        compare_chunk(ours, theirs, objective, chunk, need_grad)
         if need_student:
-            grad_student[rows] = ours.back(student_logits)
+            grad_student[rows] = ours.back(chunk.student)
         if need_head:
             hidden = student[rows].to(ours.dtype)
-            if factors is not None:
-                hidden = hidden.masked_fill((factors[rows] == 0)[:, None], 0)
-            if hidden.dtype == wide:
-                grad_head.addmm_(student_logits.T, hidden)
-            else:
-                grad_head += student_logits.T @ hidden
-        del student_logits, teacher_logits  # before the next chunk's are made
+            if factor is not None:  # a factor of 0 takes the span out, whatever its state holds
+                hidden = hidden.masked_fill((factor == 0)[:, None], 0)
+            add_product(grad_head, chunk.student.T, hidden, first=start == 0)
+        if need_bias:
+            grad_bias += chunk.student.sum(0, dtype=wide)
+    none = kl.new_empty(0)
+    mass = none if mass is None else mass
     return kl, mass, grad_student, grad_head.to(saved), grad_bias.to(saved)
 
 
-def plan(
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or = if it is the first; the sum stays in the dtype of `total`."""
+    if a.dtype != total.dtype:
+        product = a @ b
+        if first:
+            total.copy_(product)
+        else:
+            total += product
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
+def compare_chunk(
+    ours: Side, theirs: Side, objective: Objective, chunk: Chunk, need_grad: bool
+) -> None:
+    """Fills the chunk's kl and mass; its student logits become their gradient, if needed."""
+    temperature, direction, beta, outside, student_ids, teacher_ids = objective
+    step = block_rows(max(chunk.student.shape[1], chunk.teacher.shape[1]), chunk.student.device)
+    for start in range(0, len(chunk.student), step):
+        rows = slice(start, start + step)
+        student = finish(ours, chunk.student[rows], temperature, chunk.kl.dtype)
+        teacher = finish(theirs, chunk.teacher[rows], temperature, chunk.kl.dtype)
+        kl, mass, grad = compare(
+            student, teacher, student_ids, teacher_ids, direction, beta, outside,
+            chunk.mass is not None, need_grad,
+        )  # fmt: skip
+        factors = kl.new_ones(len(kl)) if chunk.factors is None else chunk.factors[rows]
+        chunk.kl[rows] = (kl * factors).masked_fill_(factors == 0, 0)
+        if chunk.mass is not None:
+            chunk.mass[rows] = mass
+        if need_grad:
+            grad = unfinish(ours, grad, student, temperature).mul_(factors[:, None])
+            # Rounded once, to the dtype of the products.
+            chunk.student[rows] = grad.masked_fill_((factors == 0)[:, None], 0)
+
+
+def finish(side: Side, logits: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+    """Scale, softcap and temperature."""
+    logits = logits.to(wide, copy=True)
+    if side.scale is not None:
+        logits.mul_(side.scale)
+    if side.softcap is not None:
+        logits.div_(side.softcap).tanh_().mul_(side.softcap)
+    return logits.div_(temperature)
+
+
+def unfinish(side: Side, grad: Tensor, finished: Tensor, temperature: float) -> Tensor:
+    """From the gradient of the finished logits to that of the product, in place."""
+    grad.div_(temperature)
+    if side.softcap is not None:
+        capped = finished * (temperature / side.softcap)
+        grad.mul_(capped.square_().neg_().add_(1))
+    return grad if side.scale is None else grad.mul_(side.scale)
+
+
+def plan(*args: Any, **options: Any) -> tuple[str, int]:
+    """(how the work is cut, bytes above the inputs), with gradients for whatever requires them."""
+    return plan_with(block_bytes_of_chunk, *args, **options)
+
+
+def block_bytes_of_chunk(
+    rows: int, ours: int, theirs: int, student: Tensor, direction: str, outside: str
+) -> int:
+    """What `compare_chunk` holds beside the chunk."""
+    block = min(rows, block_rows(max(ours, theirs), student.device))
+    whole = 4 * block * theirs * check.accumulator(student.dtype).itemsize
+    return block_bytes(block, ours, student.dtype, direction, outside) + whole * (theirs != ours)
+
+
+def plan_with(
+    comparing: Callable[[int, int, int, Tensor, str, str], int],
     student: Tensor,
     student_head: Tensor,
     teacher: Tensor,
@@ -217,7 +301,6 @@ def plan(
     return_shared_mass: bool = False,
     **options: Any,
 ) -> tuple[str, int]:
-    """(how the work is cut, bytes above the inputs), with gradients for whatever requires them."""
     wide, saved = check.accumulator(student.dtype).itemsize, saved_dtype(student.dtype).itemsize
     product, theirs_product = (product_dtype(x).itemsize for x in (student_head, teacher_head))
     shared = None if vocab is None else len(vocab[0])
@@ -225,44 +308,37 @@ def plan(
     cut_teacher = shared is not None and outside == "renormalise" and not return_shared_mass
     ours = shared if shared is not None and cut_student else len(student_head)
     theirs = shared if shared is not None and cut_teacher else len(teacher_head)
-    rows = max(1, min(len(student), chunk_rows(ours + theirs, product)))
-    block = min(rows, block_rows(max(ours, theirs), student.device))
-
-    heads = ours * student.shape[1] * student_head.element_size() * cut_student
-    heads += theirs * teacher.shape[1] * teacher_head.element_size() * cut_teacher
-    casts = product > student_head.element_size() or theirs_product > teacher_head.element_size()
-    heads += min(CAST_BYTES, 4 * max(ours * student.shape[1], theirs * teacher.shape[1])) * casts
+    learns = student_head.requires_grad
+    step = chunk_rows(ours + theirs, product, student_head, learns)
+    rows = max(1, min(len(student), step))
+    pieces = 0
+    for cut, head, entries, size in (
+        (cut_student, student_head, ours, product),
+        (cut_teacher, teacher_head, theirs, theirs_product),
+    ):
+        copies = cut * head.element_size() + (size > head.element_size()) * size
+        whole = entries * head.shape[1]
+        pieces = max(pieces, copies * min(whole, PIECE_BYTES // size))
     results = 2 * wide * len(student) + student.numel() * saved * student.requires_grad
-    working = rows * (ours * product + theirs * theirs_product)
-    working += block_bytes(block, ours, student.dtype, direction, outside)
-    working += 0 if shared is None or cut_teacher else 4 * block * theirs * wide
-    head = ours * student.shape[1] * student_head.requires_grad
-    temporary = head * max(saved, product if product < wide else 0)
-    forward = heads + results + head * wide + max(working, temporary)
-    full = student_head.numel() * student_head.element_size() * student_head.requires_grad
-    backward = 2 * results + 2 * head * saved + full * cut_student
+    logits = rows * (ours * product + theirs * theirs_product)
+    working = logits + comparing(rows, ours, theirs, student, direction, outside)
+    entries = ours * student.shape[1] * learns
+    temporary = entries * max(saved if saved < wide else 0, product if product < wide else 0)
+    forward = results + entries * wide + max(working + pieces, temporary)
+    full = student_head.numel() * student_head.element_size() * learns
+    backward = 2 * results + entries * saved + full + min(2 * RESTORED_BYTES, entries * saved)
     return (
-        f"chunks of {rows} spans by {ours} student and {theirs} teacher entries",
+        f"chunks of {rows} spans by {ours} student and {theirs} teacher entries "
+        f"({logits / 2**20:.1f} MiB of logits)",
         max(forward, backward),
     )
 
 
-def chunk_rows(columns: int, itemsize: int) -> int:
-    return max(MIN_ROWS, CHUNK_BYTES // (columns * itemsize))
-
-
-def side(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    ids: Tensor | None,
-) -> Side:
-    if ids is not None:
-        head = head.index_select(0, ids)
-        bias = None if bias is None else bias.index_select(0, ids)
-    return Side(hidden, head, bias, scale, softcap)
+def chunk_rows(columns: int, itemsize: int, head: Tensor, need_head: bool) -> int:
+    """Spans whose logits take CHUNK_BYTES, or what the head's gradient will take in the backward,
+    when these logits are gone."""
+    budget = max(CHUNK_BYTES, head.numel() * head.element_size() * need_head)
+    return max(MIN_ROWS, budget // (columns * itemsize))
 
 
 def product_dtype(head: Tensor) -> torch.dtype:

@@ -15,7 +15,9 @@ def span_com(hidden: Tensor, spans: Tensor, weights: Tensor | None = None) -> tu
     .. math:: C_i = \frac{\sum_{t \in i} w_t h_t}{m_i}, \qquad m_i = \sum_{t \in i} w_t
 
     Args:
-        hidden: ``[N, D]`` rows, float32, bfloat16, float16 or float64, any row stride.
+        hidden: ``[N, D]`` rows, float32, bfloat16, float16 or float64. Rows are read in place at
+            any distance from one another. One whose columns are not adjacent, as no model makes
+            it, is copied first: that costs 12 times the sum itself (measured, 8,192 x 2,048).
         spans: ``[S, 2]`` int32 or int64, half-open row ranges, both columns non-decreasing. Spans
             may touch, leave gaps, overlap, or be empty.
         weights: ``[N]`` finite and not negative, or None for the plain mean. Need not sum to 1.

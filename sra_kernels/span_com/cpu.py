@@ -27,21 +27,19 @@ class Params(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("hidden_stride", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
-        ("wide_com", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
 
 def span_com_forward(
-    hidden: Tensor, spans: Tensor, weights: Tensor | None, wide_com: bool
+    hidden: Tensor, spans: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     hidden = rows(hidden)
     spans = spans.to(torch.int64).contiguous()
     weights = None if weights is None else weights.contiguous()
-    wide = check.accumulator(hidden.dtype)
-    com = hidden.new_empty(len(spans), hidden.shape[1], dtype=wide if wide_com else hidden.dtype)
-    mass = hidden.new_empty(len(spans), dtype=wide)
+    com = hidden.new_empty(len(spans), hidden.shape[1])
+    mass = hidden.new_empty(len(spans), dtype=check.accumulator(hidden.dtype))
     params = Params(
         hidden=address(hidden),
         spans=address(spans),
@@ -53,7 +51,6 @@ def span_com_forward(
         dim=hidden.shape[1],
         hidden_stride=hidden.stride(0),
         dtype=DTYPES[hidden.dtype],
-        wide_com=wide_com,
         threads=torch.get_num_threads(),
     )
     if native.cpu.sra_span_com_forward(ctypes.byref(params)) != OK:
@@ -69,7 +66,6 @@ def span_com_backward(
     weights: Tensor | None,
     mass: Tensor,
     hidden: Tensor | None,
-    com: Tensor | None,
     tokens: int,
     need_hidden: bool,
     need_weights: bool,
@@ -86,7 +82,6 @@ def span_com_backward(
         hidden=address(hidden),
         spans=address(spans),
         weights=address(weights),
-        com=address(com),
         mass=address(mass),
         grad_com=address(grad_com),
         grad_mass=address(grad_mass),

@@ -9,12 +9,10 @@ from sra_kernels import check
 
 
 def span_com_forward(
-    hidden: Tensor, spans: Tensor, weights: Tensor | None, wide_com: bool
+    hidden: Tensor, spans: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    wide = check.accumulator(hidden.dtype)
-    dtype = wide if wide_com else hidden.dtype
-    com = hidden.new_empty(spans.shape[0], hidden.shape[1], dtype=dtype)
-    return com, hidden.new_empty(spans.shape[0], dtype=wide)
+    com = hidden.new_empty(spans.shape[0], hidden.shape[1])
+    return com, hidden.new_empty(spans.shape[0], dtype=check.accumulator(hidden.dtype))
 
 
 def span_com_backward(
@@ -24,7 +22,6 @@ def span_com_backward(
     weights: Tensor | None,
     mass: Tensor,
     hidden: Tensor | None,
-    com: Tensor | None,
     tokens: torch.SymInt,
     need_hidden: bool,
     need_weights: bool,

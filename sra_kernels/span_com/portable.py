@@ -18,7 +18,7 @@ CHUNK_BYTES = 32 << 20
 
 
 def span_com_forward(
-    hidden: Tensor, spans: Tensor, weights: Tensor | None, wide_com: bool
+    hidden: Tensor, spans: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     check.spans_content(spans, hidden.shape[0])
     check.weights_content(weights)
@@ -37,7 +37,7 @@ def span_com_forward(
         known = torch.where(used[:, None], hidden, hidden.new_zeros(())).to(wide)
         for i, matrix in _share_matrices(spans, weights, mass, hidden.shape[0], wide):
             com[i : i + len(matrix)] = matrix @ known
-    return com if wide_com else com.to(hidden.dtype), mass
+    return com.to(hidden.dtype), mass
 
 
 def span_com_backward(
@@ -47,7 +47,6 @@ def span_com_backward(
     weights: Tensor | None,
     mass: Tensor,
     hidden: Tensor | None,
-    com: Tensor | None,
     tokens: int,
     need_hidden: bool,
     need_weights: bool,
@@ -60,6 +59,7 @@ def span_com_backward(
     if on_cpu:
         rows, owners = _rows_of(spans)
         shares = _shares(rows, owners, spans, weights, mass)
+        dots = grad.new_empty(len(rows) if need_weights else 0)
         step = max(1, CHUNK_BYTES // max(1, grad.shape[1] * wide.itemsize))
         for i in range(0, len(rows), step):
             row, owner = rows[i : i + step], owners[i : i + step]
@@ -67,11 +67,13 @@ def span_com_backward(
                 grad_hidden.index_add_(0, row, grad[owner].mul_(shares[i : i + step, None]))
             if need_weights:
                 assert hidden is not None
-                assert com is not None
-                centred = hidden[row].to(wide).sub_(com[owner])
-                slope = (grad[owner] * centred).sum(dim=1) / mass[owner]
-                slope = torch.where(mass[owner] == 0, 0, slope) + grad_mass[owner]
-                grad_weights.index_add_(0, row, slope)
+                dots[i : i + step] = hidden[row].to(wide).mul_(grad[owner]).sum(dim=1)
+        if need_weights:
+            # g·(h - com) = g·h - the mean of g·h over the span: the centre is not needed.
+            centre = mass.new_zeros(len(spans)).index_add_(0, owners, shares * dots)
+            slope = (dots - centre[owners]) / mass[owners]
+            slope = torch.where(mass[owners] == 0, 0, slope) + grad_mass[owners]
+            grad_weights.index_add_(0, rows, slope)
     else:
         for i, matrix in _share_matrices(spans, weights, mass, tokens, wide):
             part = slice(i, i + len(matrix))
@@ -79,9 +81,8 @@ def span_com_backward(
                 grad_hidden.addmm_(matrix.T, grad[part])
             if need_weights:
                 assert hidden is not None
-                assert com is not None
                 slope = grad[part] @ hidden.to(wide).T
-                slope -= (grad[part] * com[part]).sum(dim=1, keepdim=True)
+                slope -= torch.where(matrix > 0, matrix * slope, 0).sum(dim=1, keepdim=True)
                 slope = torch.where(mass[part, None] == 0, 0, slope / mass[part, None])
                 inside = _inside(spans[part], tokens)
                 grad_weights += torch.where(inside, slope + grad_mass[part, None], 0).sum(dim=0)

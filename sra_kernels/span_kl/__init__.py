@@ -76,16 +76,17 @@ def span_kl(
         over its whole head (at this temperature) that lies in ``vocab``; 1 without ``vocab``.
 
     The gradient goes to ``student_logits`` alone, linear in any upstream gradient of the spans,
-    formed in float32 in the forward sweep and saved; nothing saved is changed, and a second
-    backward is right. ``"reverse"`` is +inf, and its gradient undefined, where a teacher logit is
-    −inf and the student's is not. Double backward raises. Same input, same bits.
+    formed in float32 in a sweep of the backward and rounded once; the logits and five sums a span
+    are saved, and a second backward is right. ``"reverse"`` is +inf, and its gradient undefined,
+    where a teacher logit is −inf and the student's is not. Double backward raises. Same input, same
+    bits.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or options; a teacher that requires
             grad; ids out of range or given twice.
 
-    Cost: both logits are read once; the gradient is one tensor of the student's shape and dtype
-    (float32 for float16); working memory is one block of rows.
+    Cost: both logits are read once forward and once backward; the gradient is the one tensor of
+    their size; working memory is a few rows.
 
     >>> loss = span_kl(student, teacher, temperature=2.0, direction="forward", vocab=(s, t)).mean()
     """

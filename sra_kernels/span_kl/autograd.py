@@ -1,4 +1,7 @@
-"""The gradient of span_kl: formed in the forward sweep, scaled by each span's upstream gradient."""
+"""The gradient of span_kl: a sweep of the backward, with the upstream gradient folded in.
+
+Saved are the logits themselves and a few sums over each row; the gradient is rounded once.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,14 @@ ops = library.ops
 
 class SpanKl(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, *constants: Any) -> Any:
-        kl, mass, grad = ops.span_kl_forward(student_logits, *constants)
-        ctx.save_for_backward(grad)
-        ctx.dtype = student_logits.dtype
+    def forward(ctx: Any, *args: Any) -> Any:
+        kl, mass, stats = ops.span_kl_forward(*args)
+        ctx.save_for_backward(stats, *args[:4])
+        ctx.options = args[4:-2]
         ctx.mark_non_differentiable(mass)
         return kl, mass
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_kl: Tensor, _: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        return ops.span_kl_backward(grad_kl, grad, ctx.dtype), *[None] * 9
+        return ops.span_kl_backward(grad_kl, *ctx.saved_tensors, *ctx.options), *[None] * 9

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sra_kernels import check
-from sra_kernels.span_kl.portable import saved_dtype
+from sra_kernels.span_kl.portable import STATS
 
 
 def span_kl_forward(student_logits: Tensor, *constants: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_mass, need_grad = constants
-    spans, columns = student_logits.shape
+    spans = student_logits.shape[0]
     kl = student_logits.new_empty(spans, dtype=check.accumulator(student_logits.dtype))
-    mass = kl.new_empty(spans if need_mass else 0)
-    shape = (spans, columns) if need_grad else (0,)
-    return kl, mass, kl.new_empty(shape, dtype=saved_dtype(student_logits.dtype))
+    stats = kl.new_empty((spans, STATS) if need_grad else (0,))
+    return kl, kl.new_empty(spans if need_mass else 0), stats
 
 
-def span_kl_backward(grad_kl: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)
+def span_kl_backward(
+    grad_kl: Tensor, stats: Tensor, student_logits: Tensor, *constants: Any
+) -> Tensor:
+    return student_logits.new_empty(student_logits.shape)

@@ -7,6 +7,7 @@ keeps its accuracy when the two distributions agree, and an entry with p = 0 nee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sra_kernels import check
 
+STATS = 5  # sums over a row that the C++ kernel keeps for its backward
 # One float32 buffer of a block: near the L2 cache on a CPU, enough work for one launch elsewhere.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 8 << 20}
 
@@ -34,54 +36,85 @@ def span_kl_forward(
     need_mass: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (kl [S], teacher_shared_mass [S] or [0], gradient [S, Vs] or [0])."""
-    spans, columns = student_logits.shape
-    check_ids(student_ids, columns, "student")
-    check_ids(teacher_ids, teacher_logits.shape[1], "teacher")
-    wide = check.accumulator(student_logits.dtype)
-    kl = student_logits.new_empty(spans, dtype=wide)
-    mass = kl.new_empty(spans if need_mass else 0)
-    inside = student_ids is not None and outside != "bucket"
-    grad = student_logits.new_empty(0, dtype=saved_dtype(student_logits.dtype))
-    if need_grad:  # entries outside the vocabulary that is compared stay zero
-        grad = grad.new_zeros(spans, columns) if inside else grad.new_empty(spans, columns)
+    """Returns (kl [S], teacher_shared_mass [S] or [0], sums over each row [S, 5] or [0]).
 
-    step = block_rows(max(columns, teacher_logits.shape[1]), student_logits.device)
-    for start in range(0, spans, step):
-        rows = slice(start, start + step)
-        student = student_logits[rows]
-        if inside and student_ids is not None:
-            student = student.index_select(1, student_ids)
-        kl[rows], block_mass, block_grad = compare(
-            student.to(wide) / temperature,
-            teacher_logits[rows].to(wide) / temperature,
-            student_ids if outside == "bucket" else None,
-            teacher_ids,
-            direction,
-            beta,
-            outside,
-            need_mass,
-            need_grad,
-        )
+    The sums are for the backward, zero where not known: here always, for it makes them again.
+    """
+    check_ids(student_ids, student_logits.shape[1], "student")
+    check_ids(teacher_ids, teacher_logits.shape[1], "teacher")
+    kl = student_logits.new_empty(
+        len(student_logits), dtype=check.accumulator(student_logits.dtype)
+    )
+    mass = kl.new_empty(len(kl) if need_mass else 0)
+    args = (student_logits, teacher_logits, student_ids, teacher_ids, temperature, direction, beta)
+    for rows, values, block_mass, _ in blocks(*args, outside, need_mass, False):
+        kl[rows] = values
         if need_mass:
             mass[rows] = block_mass
-        if need_grad:
-            block_grad = block_grad.mul_(1 / temperature).to(grad.dtype)
-            if inside and student_ids is not None:
-                grad[rows].index_copy_(1, student_ids, block_grad)
-            else:
-                grad[rows] = block_grad
-    return kl, mass, grad
+    return kl, mass, kl.new_zeros((len(kl), STATS) if need_grad else 0)
 
 
-def span_kl_backward(grad_kl: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The saved gradient times each span's upstream gradient, out of place."""
-    out = grad.new_empty(grad.shape, dtype=dtype)
-    step = block_rows(grad.shape[1], grad.device)
-    for start in range(0, len(grad), step):
+def span_kl_backward(
+    grad_kl: Tensor,
+    stats: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    temperature: float,
+    direction: str,
+    beta: float | None,
+    outside: str,
+) -> Tensor:
+    """The gradient [S, Vs]; entries outside the vocabulary that is compared get zeros."""
+    inside = student_ids is not None and outside != "bucket"
+    grad = (torch.zeros_like if inside else torch.empty_like)(
+        student_logits, memory_format=torch.contiguous_format
+    )
+    args = (student_logits, teacher_logits, student_ids, teacher_ids, temperature, direction, beta)
+    for rows, _, _, block in blocks(*args, outside, False, True):
+        block = block.mul_(grad_kl[rows, None] / temperature).to(grad.dtype)
+        if inside and student_ids is not None:
+            grad[rows].index_copy_(1, student_ids, block)
+        else:
+            grad[rows] = block
+    return grad
+
+
+def blocks(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    temperature: float,
+    direction: str,
+    beta: float | None,
+    outside: str,
+    need_mass: bool,
+    need_grad: bool,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(rows, kl, mass, gradient before the temperature) of each block of rows."""
+    wide = check.accumulator(student_logits.dtype)
+    step = block_rows(max(student_logits.shape[1], teacher_logits.shape[1]), student_logits.device)
+    for start in range(0, len(student_logits), step):
         rows = slice(start, start + step)
-        out[rows] = grad[rows] * grad_kl[rows, None]
-    return out
+        student = student_logits[rows]
+        if student_ids is not None and outside != "bucket":
+            student = student.index_select(1, student_ids)
+        yield (
+            rows,
+            *compare(
+                student.to(wide) / temperature,
+                teacher_logits[rows].to(wide) / temperature,
+                student_ids if outside == "bucket" else None,
+                teacher_ids,
+                direction,
+                beta,
+                outside,
+                need_mass,
+                need_grad,
+            ),
+        )
 
 
 def plan(
@@ -96,11 +129,9 @@ def plan(
     (spans, columns), theirs = student_logits.shape, teacher_logits.shape[1]
     step = max(1, min(spans, block_rows(max(columns, theirs), student_logits.device)))
     block = block_bytes(step, max(columns, theirs), student_logits.dtype, direction, outside)
-    learns = student_logits.requires_grad
-    saved = spans * columns * saved_dtype(student_logits.dtype).itemsize * learns
-    grad = spans * columns * student_logits.element_size() * learns
+    grad = student_logits.numel() * student_logits.element_size() * student_logits.requires_grad
     small = 2 * spans * check.accumulator(student_logits.dtype).itemsize
-    return f"blocks of {step} spans", small + saved + max(block, grad + block // 4)
+    return f"blocks of {step} spans", small + grad + block
 
 
 def block_bytes(rows: int, columns: int, dtype: torch.dtype, direction: str, outside: str) -> int:

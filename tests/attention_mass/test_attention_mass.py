@@ -1,4 +1,4 @@
-"""attention_mass against float64, and the lines of the contract that apply: it has no gradient."""
+"""attention_mass against float64 and its part of the contract, on every CPU backend."""
 
 import math
 
@@ -9,8 +9,10 @@ from torch.library import opcheck
 from sra_kernels import attention_mass, explain, use_backend
 from sra_kernels.attention_mass import portable
 from sra_kernels.attention_mass.reference import attention_mass as reference
+from sra_kernels.backend import in_cpp
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
+BACKENDS = ("cpu", "torch") if in_cpp("attention_mass") else ("torch",)
 B, HEADS, DIM = 4, 6, 8
 LENGTHS = {"square": (7, 7), "cached keys": (3, 7), "one row": (1, 5), "one key": (1, 1)}
 OPTIONS = {
@@ -20,6 +22,12 @@ OPTIONS = {
     "window of one": {"window": 1},
     "both": {"softcap": 0.7, "window": 2},
 }
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def case(queries, keys, dtype=torch.float64, kv_heads=2, rows=False, mask="none"):
@@ -48,7 +56,7 @@ def eager(query, key, scale, query_index=None, key_mask=None, softcap=None, wind
 @pytest.mark.parametrize("rows", [True, False], ids=["one row", "all rows"])
 @pytest.mark.parametrize("mask", ["none", "padding", "random"])
 @pytest.mark.parametrize("more", OPTIONS.values(), ids=OPTIONS)
-def test_matches_float64(poison, queries, keys, dtype, rows, mask, more):
+def test_matches_float64(backend, poison, queries, keys, dtype, rows, mask, more):
     query, key, options = case(queries, keys, dtype, rows=rows, mask=mask)
     options |= more
     mass = attention_mass(query, key, **options)
@@ -65,7 +73,7 @@ def test_matches_float64(poison, queries, keys, dtype, rows, mask, more):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 @pytest.mark.parametrize("rows", [True, False])
-def test_grouped_heads_equal_repeated_keys(kv_heads, rows):
+def test_grouped_heads_equal_repeated_keys(backend, kv_heads, rows):
     query, key, options = case(5, 9, kv_heads=kv_heads, rows=rows)
     repeated = key.repeat_interleave(HEADS // kv_heads, 1)
     torch.testing.assert_close(
@@ -73,7 +81,7 @@ def test_grouped_heads_equal_repeated_keys(kv_heads, rows):
     )
 
 
-def test_by_hand():
+def test_by_hand(backend):
     log = math.log
     query = torch.tensor([[[[1.0], [1.0]], [[0.0], [2.0]]]])  # two heads, two rows, one key head
     key = torch.tensor([[[[0.0], [log(3.0)]]]])
@@ -94,7 +102,7 @@ def test_by_hand():
     assert capped[0, 1].item() == pytest.approx((a / (1 + a) + b / (1 + b)) / 2)
 
 
-def test_equals_the_attention_matrix_of_sdpa():
+def test_equals_the_attention_matrix_of_sdpa(backend):
     """Values that are an identity matrix make attention return its own weights."""
     query, key, options = case(9, 9, torch.float32, kv_heads=HEADS)
     eye = torch.eye(9).expand(B, HEADS, 9, 9)
@@ -108,7 +116,7 @@ def test_equals_the_attention_matrix_of_sdpa():
 
 
 @pytest.mark.parametrize("rows", [True, False])
-def test_padding_on_either_side_changes_nothing(rows):
+def test_padding_on_either_side_changes_nothing(backend, rows):
     """Positions only set what is visible, so a padded batch equals its single samples."""
     query, key, options = case(6, 6)
     index = torch.tensor([5, 5, 5, 5]) if rows else None
@@ -129,7 +137,7 @@ def test_padding_on_either_side_changes_nothing(rows):
 
 
 @pytest.mark.parametrize("rows", [True, False])
-def test_masked_keys_may_hold_nan(rows):
+def test_masked_keys_may_hold_nan(backend, rows):
     query, key, options = case(6, 6, rows=rows, mask="padding")
     want = attention_mass(query, key, **options)
     masked = ~options["key_mask"]
@@ -140,7 +148,7 @@ def test_masked_keys_may_hold_nan(rows):
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_large_scores(size):
+def test_large_scores(backend, size):
     query, key, options = case(5, 5, torch.float32)
     query = query * size
     exact = eager(query.double(), key.double(), **options)
@@ -149,10 +157,97 @@ def test_large_scores(size):
     )
 
 
+def log_sum_exp(query, key, scale, key_mask=None, softcap=None, window=None):
+    """As FlashAttention returns it, and NaN for rows whose own position is masked."""
+    keys, behind = key.shape[2], key.shape[2] - query.shape[2]
+    repeated = key.repeat_interleave(HEADS // key.shape[1], 1)
+    scores = scale * query @ repeated.transpose(2, 3)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    row, column = torch.arange(behind, keys)[:, None], torch.arange(keys)
+    seen = (column <= row) & (column > row - (window or keys))
+    real = torch.ones(B, keys, dtype=torch.bool) if key_mask is None else key_mask
+    scores = scores.masked_fill(~(seen & real[:, None, None]), -torch.inf)
+    return scores.logsumexp(3).masked_fill(~real[:, None, behind:], torch.nan)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [*LENGTHS.values(), (130, 210)])
+@pytest.mark.parametrize("mask", ["none", "padding", "random"])
+@pytest.mark.parametrize("more", OPTIONS.values(), ids=OPTIONS)
+def test_a_given_log_sum_exp_equals_the_computed_one(backend, poison, queries, keys, mask, more):
+    query, key, options = case(queries, keys, mask=mask)
+    options |= more
+    lse = log_sum_exp(query, key, **options)
+    want = attention_mass(query, key, **options)
+    torch.testing.assert_close(attention_mass(query, key, **options, lse=lse), want)
+    with use_backend("reference"):
+        torch.testing.assert_close(attention_mass(query, key, **options, lse=lse), want)
+
+
+def test_a_row_of_no_log_sum_exp_gives_nothing(backend):
+    query, key, options = case(5, 5)
+    lse = log_sum_exp(query, key, **options)
+    lse[:, :, 1:] = -torch.inf
+    want = torch.zeros(B, 5, dtype=query.dtype)
+    want[:, 0] = 1  # row 0 sees key 0
+    torch.testing.assert_close(attention_mass(query, key, **options, lse=lse), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [True, False], ids=["one row", "all rows"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("more", OPTIONS.values(), ids=OPTIONS)
+def test_several_runs_of_keys_and_tiles_of_rows(backend, poison, dtype, rows, kv_heads, more):
+    """Groups of 6, 3 and 2 heads; a head size that no register divides; masks with gaps."""
+    keys = 1100 if rows else 210
+    query, key, options = case(70, keys, dtype, kv_heads, rows, mask="random")
+    query, key = query[:2].repeat(1, 1, 1, 2)[..., :13], key[:2].repeat(1, 1, 1, 2)[..., :13]
+    options = {n: x[:2] if torch.is_tensor(x) else x for n, x in options.items()} | more
+    options["key_mask"][:, 150:190] = False
+    exact = eager(query.double(), key.double(), **options)
+    ours = attention_mass(query, key, **options)
+    assert_as_good_as_torch(ours, eager(query, key, **options), exact)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("window", [None, 40])
+def test_8_same_bits_for_any_number_of_threads(backend, rows, window):
+    keys = 1100 if rows else 210
+    query, key, options = case(keys, keys, torch.float32, rows=rows, mask="random")
+    first = attention_mass(query, key, **options, window=window)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7, 2):
+            torch.set_num_threads(threads)
+            again = attention_mass(query, key, **options, window=window)
+            if backend == "cpu":
+                assert torch.equal(again, first)
+            torch.testing.assert_close(again, first)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_keys_that_hold_infinities(backend, rows):
+    """A score of -inf takes its key out; the others share as if it were not there."""
+    query, key, options = case(6, 6, torch.float32)
+    query = query.abs()
+    key[:, :, 2] = 0
+    key[:, :, 2, 0] = -torch.inf
+    if rows:
+        options["query_index"] = torch.tensor([5, 5, 4, 3])
+    else:
+        query, key = query[:, :, 3:], key  # the row at key 2 sees others too
+    hidden = torch.ones(B, 6, dtype=torch.bool)
+    hidden[:, 2] = False
+    want = attention_mass(query, key, **options, key_mask=hidden)
+    torch.testing.assert_close(attention_mass(query, key, **options), want)
+
+
 # --- the contract ---
 
 
-def test_2_inputs_are_not_mutated():
+def test_2_inputs_are_not_mutated(backend):
     query, key, options = case(5, 5, rows=True, mask="random")
     tensors = query, key, options["query_index"], options["key_mask"]
     before = [x.clone() for x in tensors]
@@ -185,7 +280,7 @@ def test_6_no_host_sync(rows):
     torch.testing.assert_close(mass.cpu(), want)
 
 
-def test_7_nothing_to_attend_to():
+def test_7_nothing_to_attend_to(backend):
     query, key, options = case(5, 5, mask="padding")
     assert not attention_mass(query, key, **options)[3].any()
     empty = attention_mass(query[:0], key[:0], scale=1.0)
@@ -195,6 +290,7 @@ def test_7_nothing_to_attend_to():
 
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("window", [None, 4])
+@use_backend("torch")
 def test_8_same_bits_again_and_the_same_numbers_for_any_chunk(rows, window, monkeypatch):
     query, key, options = case(33, 40, torch.float32, rows=rows, mask="random")
     options["window"] = window
@@ -207,6 +303,7 @@ def test_8_same_bits_again_and_the_same_numbers_for_any_chunk(rows, window, monk
 
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@use_backend("torch")
 def test_memory_stays_under_the_plan_and_keys_are_not_repeated(rows, dtype, monkeypatch):
     monkeypatch.setattr(portable, "CHUNK_BYTES", 1 << 20)
     keys = 600
@@ -218,6 +315,20 @@ def test_memory_stays_under_the_plan_and_keys_are_not_repeated(rows, dtype, monk
     assert memory.largest < 4 * HEADS * keys * keys / 4
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no C++ library here")
+def test_the_plan_is_that_of_the_backend():
+    query, key = torch.empty(2, 6, 9000, 64, device="meta"), torch.empty(2, 2, 9000, 64)
+    with use_backend("cpu"):
+        every = explain(attention_mass, query, key, scale=1.0)
+        given = explain(attention_mass, query, key, scale=1.0, lse=torch.empty(2, 6, 9000))
+        one = explain(attention_mass, query, key, scale=1.0, query_index=torch.tensor([3, 4]))
+    assert every.backend == "cpu"
+    assert every.chunk == "tiles of 48 query rows, 64 partial masses a sample"
+    assert one.peak_bytes < given.peak_bytes < every.peak_bytes < 9000 * 9000
+    with use_backend("torch"):
+        assert "chunks of" in explain(attention_mass, query, key, scale=1.0).chunk
+
+
 # --- torch's own checks ---
 
 
@@ -226,9 +337,9 @@ def test_memory_stays_under_the_plan_and_keys_are_not_repeated(rows, dtype, monk
 def test_opcheck(rows, batch):
     query, key, options = case(5, 7, torch.float32, rows=rows, mask="padding")
     index = options["query_index"][:batch] if rows else None
-    args = (query[:batch], key[:batch], index, 0.5, options["key_mask"][:batch], 2.0, 3)
+    args = (query[:batch], key[:batch], index, 0.5, options["key_mask"][:batch], 2.0, 3, None)
     opcheck(torch.ops.sra_kernels.attention_mass_forward.default, args)
-    opcheck(torch.ops.sra_kernels.attention_mass_forward.default, (*args[:4], None, None, None))
+    opcheck(torch.ops.sra_kernels.attention_mass_forward.default, (*args[:4], *[None] * 4))
 
 
 @pytest.mark.parametrize("rows", [True, False])
@@ -249,14 +360,14 @@ def test_a_raw_operator_refuses_to_be_differentiated():
     query, key, _ = case(5, 5)
     with pytest.raises(RuntimeError, match=r"Call sra_kernels\.attention_mass"):
         torch.ops.sra_kernels.attention_mass_forward(
-            query.requires_grad_(), key, None, 1.0, None, None, None
+            query.requires_grad_(), key, None, 1.0, None, None, None, None
         )
 
 
 # --- inputs ---
 
 
-def test_any_strides():
+def test_any_strides(backend):
     """As models hold them: [B, T, heads, d] seen as [B, heads, T, d]."""
     query, key, options = case(5, 5, rows=True)
     want = attention_mass(query, key, **options)
@@ -267,7 +378,7 @@ def test_any_strides():
     torch.testing.assert_close(attention_mass(query, key, **options), want)
 
 
-def test_9_rows_of_keys_far_apart():
+def test_9_rows_of_keys_far_apart(backend):
     """Key rows 2^30 elements apart, in virtual memory: the third lies past 2^31."""
     query, near = torch.randn(1, 2, 3, DIM).bfloat16(), torch.randn(1, 1, 3, DIM).bfloat16()
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16)
@@ -294,6 +405,17 @@ def test_9_rows_of_keys_far_apart():
         ({"key_mask": torch.ones(2, 5)}, TypeError, r"key_mask is torch\.float32.*\.bool\(\)"),
         ({"key_mask": torch.ones(2, 4).bool()}, TypeError, r"it must be torch.bool \[2, 5\]"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive, not 0.0"),
+        (
+            {"query_index": torch.tensor([0, 1]), "lse": torch.zeros(2, 4, 3)},
+            ValueError,
+            "all rows",
+        ),
+        (
+            {"lse": torch.zeros(2, 2, 3)},
+            TypeError,
+            r"lse is torch.float32 \[2, 2, 3\].*\[2, 4, 3\]",
+        ),
+        ({"lse": torch.zeros(2, 4, 3).double()}, TypeError, r"it must be torch\.float32"),
         ({"window": 0}, ValueError, "window must be at least 1, not 0"),
     ],
 )

@@ -266,3 +266,24 @@ def test_a_killed_run_resumes_and_ends_with_the_same_numbers(pair, data, tmp_pat
         ours, theirs = ([log[key] for log in history if key in log] for history in logs)
         assert len(theirs) == 28
         assert ours == pytest.approx(theirs, rel=1e-6), key
+
+
+# --- bench ---
+
+
+def test_bench_passes_its_options_on(capfd):
+    assert main(["bench", "--list", "--op", "span_com", "--only", "one long span"]) == 0
+    line, *others = capfd.readouterr().out.splitlines()
+    assert line.startswith("span_com: case=4,096 × 2,048, one long span ")
+    assert not others
+
+
+def test_bench_says_where_the_benchmarks_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sra.cli.__file__", str(tmp_path / "sra" / "cli.py"))
+    assert "in the source repository" in refused(capsys, ["bench", "--list"])
+
+
+def test_an_unknown_option_of_another_command_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--list"])
+    assert "unrecognized arguments: --list" in capsys.readouterr().err

@@ -252,11 +252,11 @@ def test_opcheck(backend, name):
     hidden, weights = (x.detach() for x in inputs(spans, dtype=torch.float32))
     ops = torch.ops.sra_kernels
     for w in (weights, None):
-        opcheck(ops.span_com_forward.default, (hidden, spans, w, False))
-        com, mass = ops.span_com_forward(hidden, spans, w, True)
+        opcheck(ops.span_com_forward.default, (hidden, spans, w))
+        com, mass = ops.span_com_forward(hidden, spans, w)
         args = (torch.randn_like(com), torch.randn_like(mass), spans, w, mass)
-        opcheck(ops.span_com_backward.default, (*args, None, None, len(hidden), True, False))
-        opcheck(ops.span_com_backward.default, (*args, hidden, com, len(hidden), True, True))
+        opcheck(ops.span_com_backward.default, (*args, None, len(hidden), True, False))
+        opcheck(ops.span_com_backward.default, (*args, hidden, len(hidden), True, True))
 
 
 def test_compiles_without_a_break_and_for_any_length(backend):
@@ -279,7 +279,7 @@ def test_compiles_without_a_break_and_for_any_length(backend):
 def test_a_raw_operator_refuses_to_be_differentiated():
     hidden, _ = inputs(CASES["ones"])
     with pytest.raises(RuntimeError, match=r"Call sra_kernels\.span_com"):
-        torch.ops.sra_kernels.span_com_forward(hidden, CASES["ones"], None, False)
+        torch.ops.sra_kernels.span_com_forward(hidden, CASES["ones"], None)
 
 
 # --- inputs ---

@@ -1,4 +1,4 @@
-"""span_geometry against float64, line by line of the gradient contract."""
+"""span_geometry against float64, line by line of the gradient contract, on every CPU backend."""
 
 import math
 
@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from sra_kernels import backend as backends
 from sra_kernels import explain, span_geometry, use_backend
-from sra_kernels.span_geometry import portable
+from sra_kernels.span_geometry import cpu, portable
 from sra_kernels.span_geometry.reference import span_geometry as reference
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
+
+BACKENDS = ["cpu", "torch"] if backends.in_cpp("span_geometry") else ["torch"]
+needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library is not built")
 
 COUNTS = {
     "one sample": [7],
@@ -20,6 +24,12 @@ COUNTS = {
     "no spans": [0, 0],
     "no samples": [],
 }
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def case(counts, dtype=torch.float64, ours=13, theirs=21):
@@ -68,7 +78,7 @@ def test_by_hand():
     loss.sum().backward()
     # d/dS_0 = 2/10 · 2 Σ_j λ_j e_0j (u_j − cos u_0) / |S_0|; only the second axis is left
     pull = 1 * (0 - 1) * 1 + 2 * (math.sqrt(0.5) - 1) * math.sqrt(0.5)
-    assert student.grad[0].tolist() == pytest.approx([0.0, 4 / 10 * pull / 2])
+    assert student.grad[0].tolist() == pytest.approx([0.0, 4 / 10 * pull / 2], abs=1e-7)
 
 
 def test_gradcheck():
@@ -135,7 +145,8 @@ def test_2_saved_tensors_are_not_mutated_and_a_second_backward_is_right():
 
 def test_4_only_what_is_asked_for():
     student, *rest = case(COUNTS["several"])
-    assert portable.span_geometry_forward(student.detach(), *rest, False)[1].shape == (0,)
+    forward = torch.ops.sra_kernels.span_geometry_forward
+    assert forward(student.detach(), *rest, False)[1].shape == (0,)
     assert not span_geometry(student.detach(), *rest).requires_grad
     with torch.no_grad():
         assert not span_geometry(student, *rest).requires_grad
@@ -158,7 +169,8 @@ def test_6_no_host_sync():
     student, rest = student.detach().cuda().requires_grad_(), [x.cuda() for x in rest]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = span_geometry(student, *rest)
+        with use_backend("auto"):
+            loss = span_geometry(student, *rest)
         loss.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -235,11 +247,94 @@ def test_10_double_backward_raises():
 
 def test_memory_stays_under_the_plan():
     student, *rest = case([1500, 1500], torch.float32)
-    with AllocatedMemory() as memory:
+    with use_backend("torch"), AllocatedMemory() as memory:
         span_geometry(student, *rest).sum().backward()
-    plan = explain(span_geometry, student, *rest)
+        plan = explain(span_geometry, student, *rest)
     assert 0.4 * plan.peak_bytes < memory.peak <= plan.peak_bytes
     assert memory.largest <= 4 * portable.CPU_ROWS * 1500 * 2
+
+
+# --- the C++ kernel's own seams ---
+
+
+def against_float64(student, teacher, weights, offsets):
+    def run(op, wide):
+        x = student.detach().to(wide).requires_grad_()
+        w = weights.double() if wide == torch.float64 else weights
+        loss = op(x, teacher.to(wide), w, offsets)
+        return loss, torch.autograd.grad(loss.sum(), x)[0]
+
+    exact, plain = (run(reference, dtype) for dtype in (torch.float64, student.dtype))
+    ours = run(span_geometry, student.dtype)
+    for name, a, b, c in zip(("loss", "gradient"), ours, plain, exact, strict=True):
+        assert_as_good_as_torch(a, b, c, name)
+
+
+def test_one_sample_of_several_bands(poison):
+    against_float64(*case([3, 1500, 2], torch.float32, ours=6, theirs=9))
+    against_float64(*case([1060], torch.float64, ours=6, theirs=9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_wider_than_one_sum(poison, dtype):
+    for widths in ((1024, 1025), (2065, 1)):
+        against_float64(*case([2, 11, 50], dtype, *widths))
+
+
+@pytest.mark.parametrize("near", [1e-2, 1e-4, 1e-6])
+def test_a_teacher_that_nearly_agrees(near):
+    student, _, weights, offsets = case([20] * 30, torch.float32, ours=96)
+    teacher = student.detach() + near * torch.randn(student.shape)
+    against_float64(student, teacher, weights, offsets)
+
+
+def test_a_teacher_that_agrees_gives_exactly_zero():
+    student, _, weights, offsets = case([20, 90], torch.float32)
+    loss = span_geometry(student, student.detach(), weights, offsets)
+    assert not loss.any()
+    assert not torch.autograd.grad(loss.sum(), student)[0].any()
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_any_number_of_threads(backend, dtype):
+    before = torch.get_num_threads()
+
+    def with_threads(count, every):
+        torch.set_num_threads(count)
+        try:
+            loss = span_geometry(*every)
+            return loss, torch.autograd.grad(loss.sum(), every[0])[0]
+        finally:
+            torch.set_num_threads(before)
+
+    for counts in ([140], [30, 2, 0, 140, 5, 61], [50] * 9):
+        every = case(counts, dtype, ours=300, theirs=203)
+        first = with_threads(1, every)
+        for count in (2, 7):
+            again = with_threads(count, every)
+            # torch's own products, in the portable backend, may split a sum by threads
+            if backend == "cpu":
+                assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("ours", DTYPES, ids=str)
+@pytest.mark.parametrize("theirs", DTYPES, ids=str)
+def test_each_side_in_its_own_dtype(ours, theirs):
+    student, teacher, weights, offsets = case([9, 4], ours)
+    teacher = teacher.to(theirs)
+    loss = span_geometry(student, teacher, weights, offsets)
+    want = reference(student.double(), teacher.double(), weights.double(), offsets)
+    assert loss.dtype == weights.dtype
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@needs_cpp
+def test_the_plan_of_the_kernel_holds_less_than_torch_needs():
+    shapes = [(3000, 576), (3000, 896), (3000,), (3,)]
+    given = [torch.empty(shape, device="meta") for shape in shapes]
+    assert cpu.plan(*given)[1] < portable.plan(*given)[1]
+    assert "bands of at most 699 spans" in cpu.plan(*given)[0]
 
 
 # --- torch's own checks ---
