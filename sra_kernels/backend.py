@@ -17,15 +17,8 @@ from sra_kernels import native
 NAMES = ("auto", "cpu", "torch", "triton", "cuda", "reference")
 VARIABLE = "SRA_KERNELS_BACKEND"
 
-# In each op's folder, the module that holds a backend.
+# In each op's folder, the module that holds a backend. Each has a `plan` for `explain`.
 MODULES = {"cpu": "cpu", "torch": "portable"}
-
-
-def in_cpp(op: str) -> bool:
-    """Whether the C++ library is loaded and has this operation."""
-    return native.cpu is not None and (
-        hasattr(native.cpu, f"sra_{op}_forward") or op == "linear_span_kl"
-    )
 
 
 def _checked(name: str) -> str:
@@ -83,14 +76,14 @@ def backends() -> dict[str, Availability]:
 def select(op: str, device: torch.device) -> tuple[str, str]:
     """The backend that serves `op` on `device`, and why; raises when the chosen one cannot."""
     wanted = current()
-    in_c = in_cpp(op) and device.type == "cpu"
+    in_cpp = native.cpu is not None and device.type == "cpu"
     if wanted == "auto":
-        if in_c:
+        if in_cpp:
             return "cpu", "tensors on the CPU, and the C++ library is loaded"
         if device.type != "cpu":
             return "torch", f"no kernel of ours for {device.type} yet"
-        return "torch", native.problem or f"{op} has no C++ kernel yet"
-    if wanted in ("torch", "reference") or (wanted == "cpu" and in_c):
+        return "torch", native.problem
+    if wanted in ("torch", "reference") or (wanted == "cpu" and in_cpp):
         return wanted, f"use_backend({wanted!r}) or {VARIABLE}"
     status = backends()[wanted]
     why = status.reason if not status.available else f"it does not serve {op} on {device.type}"
@@ -131,7 +124,5 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     chosen, reason = select(name, torch.device("cpu") if device.type == "meta" else device)
     serving = MODULES.get(chosen, "portable")
     module: ModuleType = importlib.import_module(f"sra_kernels.{name}.{serving}")
-    if not hasattr(module, "plan"):
-        module = importlib.import_module(f"sra_kernels.{name}.portable")
     chunk, peak = module.plan(*args, **kwargs)
     return Plan(name, chosen, reason, chunk, peak)

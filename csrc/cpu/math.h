@@ -91,7 +91,7 @@ ALWAYS_INLINE Log1p<float> log1p_of(float u) {
   const float y = 1.0f + u;
   // y = m * 2^e with m in [0.707, 1.414); f = m - 1 exactly.
   const int32_t e = (bits_of(y) - bits_of(0.70710678f)) >> 23;
-  const float m = from_bits(bits_of(y) - (e << 23));
+  const float m = from_bits(int32_t(uint32_t(bits_of(y)) - (uint32_t(e) << 23)));
   const float f = e == 0 || u != u ? u : m - 1.0f;  // a NaN stays one
   const float s = f / (2.0f + f), s2 = s * s;
   float q = 2.3582725256e-1f;

@@ -112,7 +112,7 @@ def linear_span_kl(
     float32. ``"sum"`` forms gradients in the forward sweep, and its backward multiplies them by
     the upstream scalar, out of place; ``"none"`` sweeps again in the backward, with the upstream
     gradient of each span folded in. A second backward is right; double backward raises. Same
-    input, same bits.
+    input and number of threads, same bits (the products are torch's).
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or options; a teacher tensor or

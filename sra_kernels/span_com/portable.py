@@ -90,10 +90,15 @@ def span_com_backward(
 
 
 def plan(hidden: Tensor, spans: Tensor, weights: Tensor | None = None) -> tuple[str, int]:
-    """(how the work is cut, bytes above the inputs): com, mass, and the gradient of hidden."""
+    """(how the work is cut, bytes above the inputs): com, mass, the gradient of hidden, in wide
+    precision, and a chunk of rows."""
+    wide = check.accumulator(hidden.dtype).itemsize
     rows = len(spans) + hidden.shape[0]
-    peak = rows * hidden.shape[1] * hidden.element_size() + 4 * len(spans)
-    return "no chunks: rows are read in place", peak
+    row = hidden.shape[1] * wide
+    step = max(1, CHUNK_BYTES // max(1, row))
+    narrow = rows * hidden.shape[1] * hidden.element_size() * (hidden.element_size() < wide)
+    peak = rows * row + narrow + 2 * min(step, hidden.shape[0]) * row + wide * len(spans)
+    return f"chunks of {step} rows", peak
 
 
 def _mass(spans: Tensor, weights: Tensor | None, tokens: int, wide: torch.dtype) -> Tensor:

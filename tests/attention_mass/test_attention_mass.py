@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from sra_kernels import attention_mass, explain, use_backend
+from sra_kernels import attention_mass, explain, native, use_backend
 from sra_kernels.attention_mass import portable
 from sra_kernels.attention_mass.reference import attention_mass as reference
-from sra_kernels.backend import in_cpp
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
-BACKENDS = ("cpu", "torch") if in_cpp("attention_mass") else ("torch",)
+BACKENDS = ("cpu", "torch") if native.cpu is not None else ("torch",)
 B, HEADS, DIM = 4, 6, 8
 LENGTHS = {"square": (7, 7), "cached keys": (3, 7), "one row": (1, 5), "one key": (1, 1)}
 OPTIONS = {

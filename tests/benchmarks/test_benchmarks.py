@@ -22,7 +22,7 @@ from benchmarks.measure import (
 from benchmarks.providers import on_backend, rival
 from benchmarks.registry import Absent, Job
 from benchmarks.span_com import BENCHMARK as SPAN_COM
-from sra_kernels.backend import in_cpp
+from sra_kernels import native
 
 SPEEDY = Effort(most=2, least=2, seconds=0)
 OPS = ("span_com", "span_kl", "linear_span_kl", "attention_mass", "span_geometry")
@@ -233,7 +233,7 @@ def test_a_late_case_still_gets_samples(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif(not in_cpp("span_com"), reason="the C++ kernel makes nothing but its results")
+@pytest.mark.skipif(native.cpu is None, reason="the C++ kernel makes nothing but its results")
 def test_peak_memory_is_that_of_what_the_run_makes():
     shape = next(c for c in SPAN_COM.small if c.grads == "hidden" and c.dtype == "float32")
     case = dataclasses.replace(shape, tokens=8192, dim=1024, lengths="20", spans=410)

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from sra_kernels import backend as backends
-from sra_kernels import explain, span_geometry, use_backend
+from sra_kernels import explain, native, span_geometry, use_backend
 from sra_kernels.span_geometry import cpu, portable
 from sra_kernels.span_geometry.reference import span_geometry as reference
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
-BACKENDS = ["cpu", "torch"] if backends.in_cpp("span_geometry") else ["torch"]
+BACKENDS = ["cpu", "torch"] if native.cpu is not None else ["torch"]
 needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library is not built")
 
 COUNTS = {
