@@ -23,6 +23,7 @@ SHIM(excess_f32, float, sra::exp_excess(x[i]))
 SHIM(log1p_f32, float, sra::log1p_of(x[i]).value)
 SHIM(shortfall_f32, float, sra::log1p_of(x[i]).shortfall)
 SHIM(tanh_f32, float, sra::tanh_of(x[i]))
+SHIM(load_f16, float, sra::load(sra::f16{uint16_t(int(x[i]))}))
 SHIM(excess_f64, double, sra::exp_excess(x[i]))
 SHIM(shortfall_f64, double, sra::log1p_of(x[i]).shortfall)
 """
@@ -119,3 +120,11 @@ def test_the_ends_of_the_range(shim):
     np.testing.assert_array_equal(
         shim("tanh_f32", np.array([-1e30, 1e30, np.inf], dtype=np.float32)), [-1, 1, 1]
     )
+
+
+def test_every_float16_is_read_as_it_is(shim):
+    bits = np.arange(2**16)
+    want = bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    got = shim("load_f16", bits.astype(np.float32))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(want))

@@ -60,7 +60,10 @@ ALWAYS_INLINE void tile_product(const A* __restrict a, int64_t lda, const A* __r
                                 int64_t depth, A* __restrict c, int64_t ldc) {
   typedef A vector __attribute__((vector_size(32)));
   constexpr int64_t L = 32 / sizeof(A);
-  vector sum[R][2] = {};
+  vector sum[R][2];
+  // Unrolled, or gcc 12 keeps the sums in memory to clear and to copy them: 6 % of attention_mass.
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < R; ++i) sum[i][0] = sum[i][1] = vector{};
   for (int64_t k = 0; k < depth; ++k) {
     vector b0, b1;
     std::memcpy(&b0, panel + k * 2 * L, 32);
@@ -71,7 +74,11 @@ ALWAYS_INLINE void tile_product(const A* __restrict a, int64_t lda, const A* __r
       sum[i][1] += x * b1;
     }
   }
-  for (int64_t i = 0; i < R; ++i) std::memcpy(c + i * ldc, sum[i], 64);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < R; ++i) {
+    std::memcpy(c + i * ldc, &sum[i][0], 32);
+    std::memcpy(c + i * ldc + L, &sum[i][1], 32);
+  }
 }
 
 // c[rows, columns rounded up to whole panels] = a[rows, depth] · panels. Every element is summed over
