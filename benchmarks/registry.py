@@ -57,6 +57,7 @@ class Benchmark:
         headline: the cases that are quoted: under both malloc settings, with peak memory (each
             provider in a fresh process) and with every provider.
         headline_only: providers that take part in those alone, because they take seconds.
+        tuned: whether the headline cases run under the tuned malloc too.
         bytes_moved: what any implementation has to read and write at least.
         flops: what any implementation has to multiply and add; causal products count half.
         seconds: the time that the op may take in the default pass, memory included. When it runs
@@ -73,6 +74,7 @@ class Benchmark:
     bounds: Mapping[str, Callable[[Any], Job]] = dataclasses.field(default_factory=dict)
     headline: Callable[[Any], bool] = lambda case: True
     headline_only: Sequence[str] = ()
+    tuned: bool = True
     bytes_moved: Callable[[Any], int] | None = None
     flops: Callable[[Any], int] | None = None
     seconds: float = 60

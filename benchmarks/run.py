@@ -114,7 +114,7 @@ def _measure_here(chosen: dict[str, list[Any]], malloc: str, quick: bool, out: P
     for name, cases in chosen.items():
         benchmark, begin = load(name), time.perf_counter()
         if malloc != "default" and not quick:
-            cases = [case for case in cases if benchmark.headline(case)]
+            cases = [case for case in cases if benchmark.tuned and benchmark.headline(case)]
         # The share of the op's time that these cases have, were they all alike.
         budget = benchmark.seconds * len(cases) / len(benchmark.cases)
         for i, case in enumerate(cases):

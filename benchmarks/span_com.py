@@ -269,5 +269,5 @@ BENCHMARK = Benchmark(
     bytes_moved=bytes_moved,
     headline=lambda case: case in CASES[:2],
     headline_only=["ours (torch backend)", "torch.compile(index_add)"],
-    seconds=50,
+    seconds=35,
 )

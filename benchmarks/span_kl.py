@@ -239,5 +239,5 @@ BENCHMARK = Benchmark(
     bytes_moved=bytes_moved,
     headline=lambda case: case in CASES[:2],
     headline_only=["ours (torch backend)", "eager in bfloat16", "torch.compile"],
-    seconds=60,
+    seconds=40,
 )

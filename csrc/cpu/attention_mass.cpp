@@ -38,8 +38,7 @@ FOR_DTYPE(double, double)
   CLONES void sum_heads_of(const A* share, int64_t ld, const A* factor, int64_t factor_stride,    \
                            int64_t heads, int64_t n, A* mass) {                                   \
     sum_heads(share, ld, factor, factor_stride, heads, n, mass);                                  \
-  }                                                                                               \
-  CLONES A total_of(const A* mass, int64_t n) { return sum_of(mass, n); }
+  }
 FOR_DTYPE(float)
 FOR_DTYPE(double)
 #undef FOR_DTYPE
@@ -150,12 +149,14 @@ void all_rows(const Attention<T>& a) {
     }
   });
   parallel_each(threads, p.batch, [&](int64_t b) {
-    A* mass = a.mass(b);
-    std::fill_n(mass, p.keys, A(0));
-    const std::vector<A> one(blocks, A(1));
-    sum_heads_of(partial.get() + b * blocks * p.keys, p.keys, one.data(), 1, blocks, p.keys, mass);
-    const A total = total_of(mass, p.keys);
-    for (int64_t j = 0; j < p.keys; ++j) mass[j] /= total == 0 ? A(1) : total;
+    std::vector<double> sum(p.keys, 0);  // float would lose a digit over so many parts
+    for (int64_t k = 0; k < blocks; ++k) {
+      const A* part = partial.get() + (b * blocks + k) * p.keys;
+      for (int64_t j = 0; j < p.keys; ++j) sum[j] += part[j];
+    }
+    double total = 0;
+    for (const double x : sum) total += x;
+    for (int64_t j = 0; j < p.keys; ++j) a.mass(b)[j] = A(sum[j] / (total == 0 ? 1 : total));
   });
 }
 

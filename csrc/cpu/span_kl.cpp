@@ -30,8 +30,8 @@ class RowPair {
 
   template <class Over>
   void run(int64_t r, const Over& over) {
-    student_.row = static_cast<const char*>(p_.student) + r * p_.student_stride * student_.bytes;
-    teacher_.row = static_cast<const char*>(p_.teacher) + r * p_.teacher_stride * teacher_.bytes;
+    student_.turn_to(p_.student, r, p_.student_stride, p_.rows);
+    teacher_.turn_to(p_.teacher, r, p_.teacher_stride, p_.rows);
     if (p_.grad) out_ = static_cast<char*>(p_.grad) + r * p_.grad_stride * kBytes[p_.grad_dtype];
     const A factor = p_.factors ? static_cast<const A*>(p_.factors)[r] : A(1);
     const A* known = p_.known ? static_cast<const A*>(p_.known) + r * kStats : nullptr;
@@ -120,7 +120,7 @@ class RowPair {
   A* cap_slope(int64_t first) { return cap_slope_.empty() ? nullptr : &cap_slope_[first]; }
 
   void write(const A* g, const A* d, int64_t first, int64_t n) {
-    Loops<A>::write[p_.grad_dtype](g, gradient_, d, p_.student_ids, first, n, out_);
+    Loops<A>::write[p_.grad_dtype](g, gradient_, d, call_.student_ids, first, n, out_);
   }
 
   bool has_bucket() const {
@@ -136,7 +136,7 @@ class RowPair {
       const auto exponentials = [&](Side<A>& side, int64_t first, int64_t length, A* d, A* e) {
         side.load(side.row, side.ids, first, length, side.finish, z, d);
         Loops<A>::exponentials(z, side.whole.top, side.finish.per_temperature, length,
-                               side.next(first + length), side.bytes, e);
+                               side.next(first + length), side.next_bytes(length), e);
       };
       each_block(i, n, [&](int64_t first, int64_t length, int64_t) {
         exponentials(student_, first, length, slope, es);

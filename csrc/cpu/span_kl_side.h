@@ -104,15 +104,33 @@ inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 struct Call {
   const sra_span_kl& p;
   std::vector<int64_t> student_rest, teacher_rest;  // entries that are not shared, if they count
+  std::vector<int64_t> student_sorted, teacher_sorted;
+  const int64_t *student_ids, *teacher_ids;
   int64_t entries, blocks;
 
-  explicit Call(const sra_span_kl& params) : p(params) {
+  explicit Call(const sra_span_kl& params)
+      : p(params), student_ids(params.student_ids), teacher_ids(params.teacher_ids) {
+    if (student_ids && teacher_ids) sort_by_teacher();
     entries = p.student_ids || p.teacher_ids ? p.shared : p.student_entries;
     blocks = blocks_of(entries);
     const bool bucket = p.outside == SRA_BUCKET;
     if (bucket) student_rest = rest(p.student_ids, p.student_entries);
     if (bucket || p.outside == SRA_WEIGHT || p.mass)
       teacher_rest = rest(p.teacher_ids, p.teacher_entries);
+  }
+
+  // The pairs in the order of the teacher's ids. Its rows are the longer ones, mostly too long for a
+  // cache, so they are read from end to end; real vocabularies come in the student's order.
+  void sort_by_teacher() {
+    std::vector<int64_t> pair(p.teacher_entries, -1);
+    for (int64_t k = 0; k < p.shared; ++k) pair[teacher_ids[k]] = student_ids[k];
+    for (int64_t v = 0; v < p.teacher_entries; ++v) {
+      if (pair[v] < 0) continue;
+      student_sorted.push_back(pair[v]);
+      teacher_sorted.push_back(v);
+    }
+    student_ids = student_sorted.data();
+    teacher_ids = teacher_sorted.data();
   }
 
   std::vector<int64_t> rest(const int64_t* ids, int64_t n) const {
@@ -135,36 +153,51 @@ struct Side {
   const int64_t* ids;
   const std::vector<int64_t>& rest;
   const Finish<A> finish;
-  const int64_t bytes;
+  const int64_t bytes, row_bytes;
   const typename Loops<A>::Load load;
-  const void* row = nullptr;
+  const void *row = nullptr, *next_row = nullptr;
   std::vector<A> e;  // exponentials of the shared entries, relative to their block's top
   std::vector<Partial<A>> inside, outside;
   Partial<A> shared{}, others{}, whole{};
 
   Side(const Call& call, bool student)
-      : ids(student ? call.p.student_ids : call.p.teacher_ids),
+      : ids(student ? call.student_ids : call.teacher_ids),
         rest(student ? call.student_rest : call.teacher_rest),
         finish{A(student ? call.p.student_scale : call.p.teacher_scale),
                A(student ? call.p.student_softcap : call.p.teacher_softcap),
                A(1 / call.p.temperature)},
         bytes(kBytes[student ? call.p.student_dtype : call.p.teacher_dtype]),
+        row_bytes((student ? call.p.student_entries : call.p.teacher_entries) * bytes),
         load(Loops<A>::load[student ? call.p.student_dtype : call.p.teacher_dtype]),
         e(call.entries),
         inside(call.blocks),
         outside(blocks_of(int64_t(rest.size()))) {}
 
-  // Where the shared entry `first` lies, if they lie in a row.
-  const void* next(int64_t first) const {
-    return ids || first >= int64_t(e.size()) ? nullptr
-                                             : static_cast<const char*>(row) + first * bytes;
+  void turn_to(const void* rows, int64_t r, int64_t stride, int64_t count) {
+    row = static_cast<const char*>(rows) + r * stride * bytes;
+    next_row = r + 1 < count ? static_cast<const char*>(row) + stride * bytes : nullptr;
+  }
+
+  // What to fetch while a block is worked on that ends at the shared entry `end`: the next block, or
+  // where the entries are scattered over the row, as large a part of the next row.
+  const void* next(int64_t end) const {
+    const int64_t entries = int64_t(e.size());
+    if (ids) {
+      const int64_t blocks = blocks_of(entries), b = (end - 1) / kBlock;
+      return next_row ? static_cast<const char*>(next_row) + part(row_bytes, b, blocks) : nullptr;
+    }
+    return end >= entries ? nullptr : static_cast<const char*>(row) + end * bytes;
+  }
+  // Bytes of that for each entry of the block.
+  int64_t next_bytes(int64_t n) const {
+    return ids ? row_bytes / (blocks_of(int64_t(e.size())) * n) : bytes;
   }
 
   // Block b of the shared entries: logits into z, exponentials into e.
   void read(int64_t first, int64_t n, A* z, A* d) {
     load(row, ids, first, n, finish, z, d);
     inside[first / kBlock] = Loops<A>::exponentials_of_block(
-        z, finish.per_temperature, n, next(first + n), bytes, &e[first]);
+        z, finish.per_temperature, n, next(first + n), next_bytes(n), &e[first]);
   }
 
   // Part i of n of the others, of which only the sum counts.
