@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.providers import compiled, differentiated, on_backend, rival
+from benchmarks.providers import compiled, differentiated, rival
 from benchmarks.registry import Absent, Benchmark, Job
 from benchmarks.shapes import SHAPES, SHARED, normal, shared_ids, span_counts
 from benchmarks.span_kl import BETA, DTYPES, TEMPERATURE, formula
@@ -286,7 +286,6 @@ BENCHMARK = Benchmark(
     tolerance=lambda case: {"float32": 1e-3, "bfloat16": 6e-2}[case.dtype],
     providers={
         "ours": ours,
-        "ours (torch backend)": on_backend("torch", ours),
         "eager": eager,
         "torch.compile": compiled_eager,
         "Liger JSD": liger,
@@ -298,7 +297,7 @@ BENCHMARK = Benchmark(
     flops=flops,
     headline=lambda case: case in CASES[:1],
     headline_only=[
-        "ours (torch backend)", "torch.compile", "Liger JSD", "TRL chunked_divergence", "ORDA",
+        "torch.compile", "Liger JSD", "TRL chunked_divergence", "ORDA",
     ],
     seconds=50,
 )  # fmt: skip

@@ -39,6 +39,7 @@ TUNABLES = {
 }
 RESULTS = Path(__file__).with_name("results")
 PARTIAL = Path("build/benchmarks")
+RECORDED = ":(top,exclude)benchmarks/results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,7 +172,7 @@ def _versioned(package: str) -> str:
 def _machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", RECORDED)
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -55,7 +55,6 @@ def _case(student: str, teacher: str, batch: int, dtype: str = "float32") -> Cas
 CASES = [
     _case("SmolLM2", "Qwen2.5", 4),
     _case("GPT-2", "Qwen1.5", 4),
-    _case("TinyLlama", "Mistral", 4),
     _case("SmolLM2", "Qwen2.5", 16),
     _case("SmolLM2", "Qwen2.5", 4, "bfloat16"),
 ]
