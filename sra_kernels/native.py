@@ -28,7 +28,9 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return None, f"{path.name} did not load: {error}. Run `pip install .` again here."
+        return None, (
+            f"{path.name} did not load: {error}. Run `pip install .` again on this machine."
+        )
     if library.sra_kernels_abi() != ABI:
         return None, f"{path.name} is of another version of sra_kernels. Run `pip install .` again."
     return library, ""

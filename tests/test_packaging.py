@@ -161,4 +161,4 @@ def test_pip_installs_a_package_that_works(source, tmp_path):
     code = f"{USE}\nassert {str(target)!r} in sra_kernels.__file__"
     done = run(["-c", code], tmp_path, PYTHONPATH=str(target))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("yes: C++ for span_com" if COMPILER else "no: ")
+    assert done.stdout.startswith("yes: C++ for tensors on the CPU" if COMPILER else "no: ")

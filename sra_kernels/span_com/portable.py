@@ -95,9 +95,9 @@ def plan(hidden: Tensor, spans: Tensor, weights: Tensor | None = None) -> tuple[
     wide = check.accumulator(hidden.dtype).itemsize
     rows = len(spans) + hidden.shape[0]
     row = hidden.shape[1] * wide
-    step = max(1, CHUNK_BYTES // max(1, row))
+    step = max(1, min(hidden.shape[0], CHUNK_BYTES // max(1, row)))
     narrow = rows * hidden.shape[1] * hidden.element_size() * (hidden.element_size() < wide)
-    peak = rows * row + narrow + 2 * min(step, hidden.shape[0]) * row + wide * len(spans)
+    peak = rows * row + narrow + 2 * step * row + wide * len(spans)
     return f"chunks of {step} rows", peak
 
 
