@@ -25,7 +25,7 @@ check: $(VENV)/ready ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/ and README.md (≤ 10 min)
+bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/ and README.md (about 10 min)
 	$(BIN)/sra bench
 
 rivals: $(VENV)/ready ## other libraries for `make bench`, which goes without those that are missing
