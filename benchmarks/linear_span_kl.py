@@ -296,8 +296,6 @@ BENCHMARK = Benchmark(
     bytes_moved=bytes_moved,
     flops=flops,
     headline=lambda case: case in CASES[:1],
-    headline_only=[
-        "torch.compile", "Liger JSD", "TRL chunked_divergence", "ORDA",
-    ],
+    headline_only=["torch.compile", "Liger JSD", "TRL chunked_divergence", "ORDA"],
     seconds=50,
-)  # fmt: skip
+)

@@ -5,6 +5,7 @@
 #ifndef SRA_CPU_COMBINE_H
 #define SRA_CPU_COMBINE_H
 
+#include "math.h"
 #include "vector.h"
 
 namespace sra {
@@ -17,18 +18,12 @@ ALWAYS_INLINE uint32_t word(const bf16* row, int64_t i) {
   std::memcpy(&w, row + 2 * i, 4);
   return w;
 }
-ALWAYS_INLINE float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-ALWAYS_INLINE float low_half(uint32_t w) { return as_float(w << 16); }
-ALWAYS_INLINE float high_half(uint32_t w) { return as_float(w & 0xffff0000u); }
+ALWAYS_INLINE float low_half(uint32_t w) { return from_bits(int32_t(w << 16)); }
+ALWAYS_INLINE float high_half(uint32_t w) { return from_bits(int32_t(w & 0xffff0000u)); }
 
 // As round_to, with the result left in the upper half.
 ALWAYS_INLINE uint32_t rounded(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
+  const uint32_t u = uint32_t(bits_of(x));
   return u + 0x7fffu + ((u >> 16) & 1u);
 }
 ALWAYS_INLINE void write_word(bf16* row, int64_t i, float low, float high) {

@@ -12,7 +12,6 @@ namespace sra {
 namespace {
 
 constexpr int64_t kElementsPerThread = 65536;
-constexpr int64_t kBytes[] = {4, 2, 2, 8};  // of each sra_dtype
 
 template <class T, class O>
 ALWAYS_INLINE void scaled_row(const void* from, double factor, int64_t n, void* out) {

@@ -10,8 +10,6 @@
 namespace sra {
 namespace {
 
-constexpr int64_t kBytes[] = {4, 2, 2, 8};  // of each sra_dtype
-
 // Loops of an accumulator type A; those that read or write logits, for each sra_dtype.
 template <class A>
 struct Loops;

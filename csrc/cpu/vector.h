@@ -34,6 +34,8 @@ struct f16 {
   uint16_t bits;
 };
 
+constexpr int64_t kBytes[] = {4, 2, 2, 8};  // of each sra_dtype
+
 template <class T>
 struct accumulator {
   using type = float;
