@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,13 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sra_kernels import native
+from sra_kernels import interpreter, native
 
-NAMES = ("auto", "cpu", "torch", "triton", "cuda", "reference")
+NAMES = ("auto", "cpu", "torch", "triton", "cuda", "interpreter", "reference")
 VARIABLE = "SRA_KERNELS_BACKEND"
 
 # In each op's folder, the module that holds a backend. Each has a `plan` for `explain`.
-MODULES = {"cpu": "cpu", "torch": "portable"}
+MODULES = {
+    "cpu": "cpu",
+    "torch": "portable",
+    "triton": "triton",
+    "cuda": "cuda",
+    "interpreter": "triton",
+}
 
 
 def _checked(name: str) -> str:
@@ -39,10 +48,11 @@ def current() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operation inside on one backend, in every thread of the process.
 
-    "auto" picks the fastest that is available for the tensors' device; "cpu" is the C++ library;
-    "torch" is made of torch operations and runs on any device; "reference" is the eager code that
-    the tests compare with, differentiated by torch itself. A backend that cannot serve a call
-    raises, with the reason: nothing falls back silently.
+    "auto" picks the fastest that is available for the tensors' device. "cpu" is the C++ library,
+    "triton" and "cuda" are the GPU kernels, "torch" is made of torch operations and runs on any
+    device. "interpreter" runs the Triton kernels on CPU tensors, very slowly, and "reference" is
+    the eager code that the tests compare with, differentiated by torch itself. A backend that
+    cannot serve a call raises, with the reason: nothing falls back silently.
     """
     global _current
     before, _current = _current, _checked(name)
@@ -61,35 +71,75 @@ class Availability:
         return ("yes: " if self.available else "no: ") + self.reason
 
 
+SERVES = {
+    "cpu": "C++ for tensors on the CPU",
+    "triton": "Triton for tensors on a GPU",
+    "cuda": "CUDA for tensors on a GPU",
+    "torch": "torch operations, any device",
+    "interpreter": "the Triton kernels in Python for tensors on the CPU, for tests",
+    "reference": "eager code for comparison, any device",
+}
+DEVICES = {"cpu": "cpu", "interpreter": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
 def backends() -> dict[str, Availability]:
     """What is available in this installation and, if not, why."""
-    pending = "this release has no GPU kernels yet; on a GPU the torch backend serves"
     return {
-        "cpu": Availability(native.cpu is not None, native.problem or "C++ for tensors on the CPU"),
-        "triton": Availability(False, pending),
-        "cuda": Availability(False, pending),
-        "torch": Availability(True, "torch operations, any device"),
-        "reference": Availability(True, "eager code for comparison, any device"),
+        name: Availability(not missing(name), missing(name) or serves)
+        for name, serves in SERVES.items()
     }
+
+
+def missing(name: str) -> str:
+    """Why a backend is not available in this installation; "" if it is."""
+    if name == "cpu":
+        return native.problem
+    if name == "triton":
+        return _no_triton() or _no_gpu()
+    if name == "cuda":
+        return native.cuda_problem or ("" if native.emulated else _no_gpu())
+    return _no_triton() if name == "interpreter" else ""
+
+
+@functools.cache
+def _no_triton() -> str:
+    found = importlib.util.find_spec("triton")
+    return "" if found else "Triton is not installed. A torch for GPUs brings it along"
+
+
+@functools.cache
+def _no_gpu() -> str:
+    return "" if torch.cuda.is_available() else "torch sees no GPU on this machine"
 
 
 def select(op: str, device: torch.device) -> tuple[str, str]:
     """The backend that serves `op` on `device`, and why; raises when the chosen one cannot."""
     wanted = current()
-    in_cpp = native.cpu is not None and device.type == "cpu"
     if wanted == "auto":
-        if in_cpp:
-            return "cpu", "tensors on the CPU, and the C++ library is loaded"
-        if device.type != "cpu":
-            return "torch", f"no kernel of ours for {device.type} yet"
-        return "torch", native.problem
-    if wanted in ("torch", "reference") or (wanted == "cpu" and in_cpp):
+        return _fastest(device)
+    why = missing(wanted) or _elsewhere(wanted, device)
+    if wanted == "interpreter" and not why:
+        why = interpreter.problem()
+    if not why:
         return wanted, f"use_backend({wanted!r}) or {VARIABLE}"
-    status = backends()[wanted]
-    why = status.reason if not status.available else f"it does not serve {op} on {device.type}"
-    raise RuntimeError(
-        f"The backend {wanted!r} was asked for {op}, but {why}. Use use_backend('auto')."
-    )
+    mend = "Use use_backend('auto')"
+    if wanted == "triton" and device.type == "cpu":
+        mend += ", or 'interpreter' to run the same kernels on a CPU, very slowly"
+    raise RuntimeError(f"The backend {wanted!r} was asked for {op}, but {why.rstrip('.')}. {mend}.")
+
+
+def _fastest(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        if native.cpu is not None:
+            return "cpu", "tensors on the CPU, and the C++ library is loaded"
+        return "torch", native.problem
+    why = missing("triton") or _elsewhere("triton", device)
+    return ("torch", why) if why else ("triton", "tensors on a GPU")
+
+
+def _elsewhere(name: str, device: torch.device) -> str:
+    serves = "cpu" if name == "cuda" and native.emulated else DEVICES.get(name, device.type)
+    return "" if device.type == serves else f"the tensors are on {device.type}, not on {serves}"
 
 
 @dataclass(frozen=True)
@@ -116,8 +166,6 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
 
     >>> print(explain(span_com, torch.empty(8192, 2048, device="meta"), spans))
     """
-    import importlib
-
     name = op.__name__
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")

@@ -6,6 +6,7 @@ each. An implementation is chosen inside the node, so a compiled graph follows `
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -51,9 +52,12 @@ ops = torch.ops.sra_kernels
 
 def _implementation(op: str, function: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        name, _ = backend.select(op, args[0].device)
+        device = args[0].device
+        name, _ = backend.select(op, device)
         module = importlib.import_module(f"sra_kernels.{op}.{backend.MODULES[name]}")
-        return getattr(module, function)(*args)
+        # Kernels are launched on the current device, which need not be that of the tensors.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return getattr(module, function)(*args)
 
     return run
 

@@ -1,7 +1,7 @@
-"""Loads the libraries built from csrc/ by ctypes. Each op's cpu.py fills its params struct.
+"""Loads the libraries built from csrc/ by ctypes. Each op's cpu.py and cuda.py fill its params.
 
-Nothing here raises at import: a library that is missing leaves its reason in `problem`, and the
-torch backend serves.
+Nothing here raises at import: a library that is missing leaves its reason in `problem`, or in
+`cuda_problem`, and another backend serves.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-OK = 0
-VARIABLE = "SRA_KERNELS_CPU_LIBRARY"  # another build of csrc/cpu: with a sanitizer, say
+OK, LAUNCH_FAILED = 0, 6
+# Other builds of csrc/cpu and csrc/cuda: with a sanitizer, say, or the CUDA kernels on a CPU.
+CPU_VARIABLE, CUDA_VARIABLE = "SRA_KERNELS_CPU_LIBRARY", "SRA_KERNELS_CUDA_LIBRARY"
+COMPILERS = {"_cpu.so": "C++ compiler", "_cuda.so": "CUDA compiler"}
 
 
-def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+def _load(name: str, variable: str, version: str) -> tuple[ctypes.CDLL | None, str]:
+    path = Path(os.environ.get(variable) or Path(__file__).with_name(name))
     if not path.exists():
+        compiler = "g++" if name == "_cpu.so" else "the CUDA toolkit (nvcc)"
         return None, (
-            f"{path.name} was not built: there was no C++ compiler at install, or "
-            "SRA_KERNELS_BUILD=none. Install g++ and run `pip install .` again."
+            f"{path.name} was not built: there was no {COMPILERS[name]} at install, or "
+            f"SRA_KERNELS_BUILD left it out. Install {compiler} and run `pip install .` again."
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -31,12 +35,44 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, (
             f"{path.name} did not load: {error}. Run `pip install .` again on this machine."
         )
-    if library.sra_kernels_abi() != ABI:
+    if getattr(library, version)() != ABI:
         return None, f"{path.name} is of another version of sra_kernels. Run `pip install .` again."
     return library, ""
 
 
-cpu, problem = _load(Path(os.environ.get(VARIABLE) or Path(__file__).with_name("_cpu.so")))
+cpu, problem = _load("_cpu.so", CPU_VARIABLE, "sra_kernels_abi")
+
+
+cuda, cuda_problem = _load("_cuda.so", CUDA_VARIABLE, "sra_cuda_abi")
+# The CUDA kernels may be a build that runs on the CPU (tests/emulation).
+emulated = cuda is not None and cuda.sra_cuda_emulated() == 1
+
+
+def stream(x: Tensor) -> int:
+    """The current stream of x's device; 0 in emulation."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def cuda_call(function: str, params: ctypes.Structure, like: Tensor, *more: int | None) -> None:
+    """Launches sra_cuda_<function>(params, *more, workspace, stream) on the device of `like`.
+
+    Kernels allocate nothing: what sra_cuda_<op>_workspace asks for comes from torch's allocator.
+    """
+    assert cuda is not None
+    size = getattr(cuda, f"sra_cuda_{function.rpartition('_')[0]}_workspace", None)
+    workspace = None
+    if size is not None:
+        size.restype = ctypes.c_int64
+        workspace = like.new_empty(size(ctypes.byref(params)), dtype=torch.uint8)
+    pointers = (*more, address(workspace), stream(like))
+    status = getattr(cuda, f"sra_cuda_{function}")(
+        ctypes.byref(params), *(ctypes.c_void_p(x) for x in pointers)
+    )
+    if status == LAUNCH_FAILED:
+        cuda.sra_cuda_error.restype = ctypes.c_char_p
+        raise RuntimeError(f"{function} did not start: {cuda.sra_cuda_error().decode()}.")
+    if status != OK:
+        raise RuntimeError(f"{function} refused its arguments with status {status}.")
 
 
 def address(x: Tensor | None) -> int | None:

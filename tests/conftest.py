@@ -1,16 +1,39 @@
+import os
+
 import pytest
 import torch
 
+from sra_kernels import backends, use_backend
 from sra_kernels.testing import poisoned_empty
 
+# The tests of the operations run on any backend: `SRA_TEST_BACKENDS=interpreter pytest` runs those
+# alone, on the Triton kernels.
+VARIABLE = "SRA_TEST_BACKENDS"
+BACKENDS = os.environ.get(VARIABLE, "cpu,torch").split(",")
+ON_GPU = ("triton", "cuda")
 
-def pytest_collection_modifyitems(items):
+
+def pytest_collection_modifyitems(config, items):
     """GPU tests skip with a reason where there is no GPU."""
     if not torch.cuda.is_available():
         reason = pytest.mark.skip(reason="no GPU on this machine")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(reason)
+    if VARIABLE in os.environ:
+        kept = [x for x in items if "backend" in x.fixturenames and "cpu_only" not in x.keywords]
+        config.hook.pytest_deselected(items=[x for x in items if x not in set(kept)])
+        items[:] = kept
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    status = backends()[request.param]
+    if not status.available:
+        pytest.skip(status.reason)
+    on_gpu = request.param in ON_GPU and torch.cuda.is_available()
+    with use_backend(request.param), torch.device("cuda" if on_gpu else "cpu"):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

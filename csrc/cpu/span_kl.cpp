@@ -12,7 +12,10 @@ namespace {
 // Below this many entries, counted on both sides, a second thread costs more than it brings.
 constexpr int64_t kEntriesPerThread = 16384;
 // Of each row, from forward to backward: the sums over its entries. A row of zeros says nothing.
-enum Stat { kStudentTop, kStudentSum, kTeacherTop, kTeacherSum, kMass, kStats };
+// The first of a row's sums are this library's; those of the GPU kernels lie behind and stay zero, so
+// that neither takes the other's for its own.
+enum Stat { kStudentTop, kStudentSum, kTeacherTop, kTeacherSum, kMass };
+constexpr int kStats = SRA_SPAN_KL_STATS;
 
 // One pair of rows at a time, in buffers that are used again. `over(stage)` runs stage(i, n) for the
 // n parts of a row.

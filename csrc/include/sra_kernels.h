@@ -12,7 +12,9 @@
 extern "C" {
 #endif
 
-#define SRA_KERNELS_ABI 3
+#define SRA_KERNELS_ABI 4
+
+#define SRA_SPAN_KL_STATS 16 /* sums over a row that spare the backward a sweep; 0: not known */
 
 enum sra_dtype { SRA_F32 = 0, SRA_BF16 = 1, SRA_F16 = 2, SRA_F64 = 3 };
 
@@ -26,6 +28,7 @@ enum sra_status {
   SRA_BAD_DTYPE = 3,
   SRA_BAD_IDS = 4,     /* out of range, or one entry named twice */
   SRA_BAD_INDEX = 5,   /* a query row out of range */
+  SRA_LAUNCH_FAILED = 6, /* sra_cuda_error() says why */
 };
 
 /* span_com: com[s] = sum over rows t of span s of weights[t] * hidden[t] / mass[s]. */
@@ -54,8 +57,8 @@ typedef struct {
   const void* factors;        /* [rows] on kl and grad, or NULL: 1. A row of factor 0 gives zeros */
   void* kl;                   /* [rows] */
   void* mass;                 /* [rows] the teacher's softmax inside teacher_ids */
-  void* stats;                /* [rows, 5] out: sums over each row, which spare `grad` alone a sweep */
-  const void* known;          /* [rows, 5] in: those of an earlier call on the same logits */
+  void* stats;                /* [rows, SRA_SPAN_KL_STATS] out, for `known` of a later call */
+  const void* known;          /* in: those of an earlier call on the same logits */
   void* grad;                 /* [rows, student_entries] with respect to `student`; may be `student`
                                  itself, but with student_ids only if outside is SRA_BUCKET */
   int64_t rows, student_entries, teacher_entries, shared;
@@ -120,6 +123,16 @@ int sra_linear_span_kl_restore(const sra_head_rows* p);
 int sra_attention_mass_forward(const sra_attention_mass* p);
 int sra_span_geometry_forward(const sra_span_geometry* p);
 void sra_prefer_huge_pages(void* begin, int64_t bytes); /* advice, before a large buffer is touched */
+
+/* The CUDA library. Pointers are of the current device, `stream` is a cudaStream_t. Nothing is
+ * allocated and nothing waits: the caller gives a workspace of at least the bytes asked for, aligned
+ * to 16. Contents are not checked: of bad spans or weights come NaNs. `threads` is not read. */
+int sra_cuda_abi(void);
+int sra_cuda_emulated(void);      /* 1 in the CPU emulation of the tests */
+const char* sra_cuda_error(void); /* of this thread's last launch that failed */
+int64_t sra_cuda_span_com_workspace(const sra_span_com* p);
+int sra_cuda_span_com_forward(const sra_span_com* p, void* workspace, void* stream);
+int sra_cuda_span_com_backward(const sra_span_com* p, void* workspace, void* stream);
 
 #if defined(__cplusplus)
 }

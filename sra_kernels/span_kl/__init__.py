@@ -76,7 +76,7 @@ def span_kl(
         over its whole head (at this temperature) that lies in ``vocab``; 1 without ``vocab``.
 
     The gradient goes to ``student_logits`` alone, linear in any upstream gradient of the spans,
-    formed in float32 in a sweep of the backward and rounded once; the logits and five sums a span
+    formed in float32 in a sweep of the backward and rounded once; the logits and a few sums a span
     are saved, and a second backward is right. ``"reverse"`` is +inf, and its gradient undefined,
     where a teacher logit is −inf and the student's is not. Double backward raises. Same input, same
     bits.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sra_kernels import check
 
-STATS = 5  # sums over a row that the C++ kernel keeps for its backward
+STATS = 16  # sums over a row that the kernels keep for their backward; 0: not known
 # One float32 buffer of a block: near the L2 cache on a CPU, enough work for one launch elsewhere.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 8 << 20}
 
@@ -36,7 +36,7 @@ def span_kl_forward(
     need_mass: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (kl [S], teacher_shared_mass [S] or [0], sums over each row [S, 5] or [0]).
+    """Returns (kl [S], teacher_shared_mass [S] or [0], sums over each row [S, STATS] or [0]).
 
     The sums are for the backward, zero where not known: here always, for it makes them again.
     """

@@ -11,6 +11,8 @@ from sra_kernels.linear_span_kl import portable
 from sra_kernels.linear_span_kl.reference import linear_span_kl as reference
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 OBJECTIVES = {
     "forward": {"direction": "forward"},
     "reverse": {"direction": "reverse"},
@@ -101,6 +103,7 @@ def test_matches_float64(poison, outside, reduction, dtype, transform, full):
             assert_as_good_as_torch(a.to(dtype), b, c, name)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("native", [True, False], ids=["products in bfloat16", "in float32"])
 @pytest.mark.parametrize(("outside", "reduction"), EVERY)
 def test_either_dtype_of_the_products(poison, outside, reduction, native, monkeypatch):
@@ -198,6 +201,7 @@ def test_gradcheck(outside, reduction, direction):
     assert torch.autograd.gradcheck(op, ours, fast_mode=True)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_gradcheck_of_the_reference(outside):
     ours, theirs, options = case(outside, spans=3, bias=True, weights=True)
@@ -280,6 +284,7 @@ def test_4_only_what_is_asked_for(reduction):
         run([x.detach() for x in ours], theirs, options, reduction=reduction)
 
 
+@pytest.mark.cpu_only
 def test_4_products_and_buffers_that_are_not_needed_are_not_made():
     ours, theirs, options = case("renormalise", torch.float32, spans=300)
 
@@ -403,6 +408,7 @@ def test_10_double_backward_raises(reduction):
 # --- memory ---
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("outside", OUTSIDE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)], ids=str)
@@ -429,6 +435,7 @@ def test_memory_stays_under_the_plan_and_no_logits_are_whole(outside, dtype, lea
         assert "chunks of" in str(plan)
 
 
+@pytest.mark.cpu_only
 def test_the_plan_reads_shapes_only():
     meta = {"device": "meta", "dtype": torch.bfloat16}
     plan = explain(
@@ -513,6 +520,7 @@ def test_any_strides_and_another_dtype_of_the_teacher(outside):
     torch.testing.assert_close(kl.double(), want, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("outside", "reduction"), EVERY)
 def test_reference_backend_serves_and_differentiates(outside, reduction):
     ours, theirs, options = case(outside, bias=True, weights=True)

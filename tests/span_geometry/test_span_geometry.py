@@ -1,4 +1,4 @@
-"""span_geometry against float64, line by line of the gradient contract, on every CPU backend."""
+"""span_geometry against float64, line by line of the gradient contract, on every backend."""
 
 import math
 
@@ -11,8 +11,8 @@ from sra_kernels.span_geometry import cpu, portable
 from sra_kernels.span_geometry.reference import span_geometry as reference
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
-BACKENDS = ["cpu", "torch"] if native.cpu is not None else ["torch"]
-needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library is not built")
+pytestmark = pytest.mark.usefixtures("backend")
+needs_cpp = pytest.mark.skipif(native.cpu is None, reason="the C++ library is not built")
 
 COUNTS = {
     "one sample": [7],
@@ -23,12 +23,6 @@ COUNTS = {
     "no spans": [0, 0],
     "no samples": [],
 }
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def case(counts, dtype=torch.float64, ours=13, theirs=21):
@@ -379,6 +373,7 @@ def test_any_strides_int32_and_mixed_dtypes():
     torch.testing.assert_close(loss.double(), want, rtol=0.05, atol=0.01)
 
 
+@pytest.mark.cpu_only
 def test_reference_backend_serves():
     every = case([5, 4])
     want = span_geometry(*every)

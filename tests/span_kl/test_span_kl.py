@@ -11,6 +11,8 @@ from sra_kernels.span_kl import portable
 from sra_kernels.span_kl.reference import span_kl as reference
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 OBJECTIVES = {
     "forward": {"direction": "forward"},
     "reverse": {"direction": "reverse"},
@@ -371,6 +373,7 @@ def test_7_nothing_to_learn_from(outside):
     assert grad.isfinite().all()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_8_same_input_same_bits_for_any_block(outside, monkeypatch):
     student, teacher, options = case(outside, torch.float32)
@@ -401,6 +404,7 @@ def test_10_double_backward_raises():
         first.sum().backward()
 
 
+@pytest.mark.cpu_only
 def test_memory_of_the_torch_backend_is_the_gradient_and_one_block():
     student, teacher = torch.randn(400, 5000), torch.randn(400, 5000)
     options = {"temperature": 1.0, "direction": "jsd", "beta": 0.5}
@@ -416,6 +420,7 @@ def test_memory_of_the_torch_backend_is_the_gradient_and_one_block():
     assert 0.6 * predicted < memory.peak <= predicted
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("direction", OBJECTIVES)
 def test_the_backend_may_change_between_forward_and_backward(direction):
     for first, then in (("auto", "torch"), ("torch", "auto")):
@@ -503,6 +508,7 @@ def test_any_strides_and_mixed_dtypes(outside):
     torch.testing.assert_close(kl.double(), want, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.cpu_only
 def test_reference_backend_serves_and_differentiates():
     student, teacher, options = case("bucket")
     options |= {"temperature": 1.0, "direction": "forward"}
@@ -514,6 +520,7 @@ def test_reference_backend_serves_and_differentiates():
 A, B = torch.tensor([0, 1]), torch.tensor([2, 0])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
