@@ -5,10 +5,10 @@ VENV ?= .venv
 TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench rivals clean
+.PHONY: demo test check bench gpu wheel rivals clean
 .DEFAULT_GOAL := test
 
-$(VENV)/ready: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+$(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
@@ -28,8 +28,14 @@ check: $(VENV)/ready ## lint and types
 bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/ and README.md (about 10 min)
 	$(BIN)/sra bench
 
+gpu: $(VENV)/ready ## on a machine with a GPU: its tests, sanitizer, benchmarks (under 9 min; run again to go on)
+	$(BIN)/python -m benchmarks.gpu
+
+wheel: $(VENV)/ready ## dist/*.whl, one for every torch and Python on this platform
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 rivals: $(VENV)/ready ## other libraries for `make bench`, which goes without those that are missing
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 
 clean:
-	rm -rf $(VENV) build *.egg-info sra_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info sra_kernels/*.so

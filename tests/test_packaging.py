@@ -1,4 +1,4 @@
-"""The build with and without a compiler, and what the package says where the library is missing."""
+"""The build with and without compilers, the wheel, and what is said where a library is missing."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from sra_kernels import backends
+from tests import every_op
 
 ROOT = Path(__file__).parents[1]
 NO_COMPILER = {"CC": "/nonexistent", "CXX": "/nonexistent"}
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+NVCC = os.environ.get("NVCC", shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"))
 
 
 def run(argv, cwd, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SRA_")}
+    environment = {"NVCC": "/nonexistent"} | environment  # CUDA takes a minute to compile
     return subprocess.run(
         [sys.executable, *map(str, argv)], cwd=cwd, env=kept | environment, text=True,
         capture_output=True, timeout=300,
@@ -25,8 +33,11 @@ def run(argv, cwd, **environment):
 
 @pytest.fixture
 def source(tmp_path):
+    return copied(tmp_path / "source")
+
+
+def copied(folder):
     """What the build reads, in a folder of its own, so that nothing is written beside the code."""
-    folder = tmp_path / "source"
     for part in ("csrc", "sra_kernels", "sra"):
         shutil.copytree(
             ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so")
@@ -51,7 +62,7 @@ def test_without_a_compiler_the_install_goes_on_and_says_why(source, choice):
     assert done.returncode == 0, done.stderr
     assert "sra: sra_kernels._cpu was not built (" in done.stdout
     assert "/nonexistent" in done.stdout
-    assert "the torch backend will serve" in done.stdout
+    assert "another backend will serve" in done.stdout
     assert libraries(source) == []
 
 
@@ -63,11 +74,30 @@ def test_an_editable_install_without_a_compiler(source):
     assert libraries(source) == []
 
 
-def test_a_demanded_library_that_cannot_be_built_fails(source):
-    done = build(source, **NO_COMPILER, SRA_KERNELS_BUILD="cpu")
+@pytest.mark.parametrize("choice", ["cpu", "cuda"])
+def test_a_demanded_library_that_cannot_be_built_fails(source, choice):
+    done = build(source, **NO_COMPILER, SRA_KERNELS_BUILD=choice)
     assert done.returncode != 0
     assert "/nonexistent" in done.stderr
     assert libraries(source) == []
+
+
+def test_without_nvcc_the_cuda_library_is_left_out_and_one_line_says_so(source):
+    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+        path.write_text("")  # quick to compile
+    done = build(source, CUDA_HOME="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("sra: ")]
+    if COMPILER is not None:
+        assert said == [
+            "sra: sra_kernels._cuda was not built (there is no nvcc); another backend will serve"
+        ]
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
+def test_with_nvcc_the_cuda_library_is_built_and_wants_nothing_but_a_gpu():
+    status = backends()["cuda"]
+    assert status.available or status.reason == "torch sees no GPU on this machine"
 
 
 def test_code_that_does_not_compile_fails_where_the_library_is_demanded(source):
@@ -91,7 +121,7 @@ def test_the_library_can_be_left_out(source):
 def test_an_unknown_choice_names_the_known_ones(source):
     done = build(source, SRA_KERNELS_BUILD="gpu")
     assert done.returncode != 0
-    assert "SRA_KERNELS_BUILD='gpu' is unknown. Use auto, cpu or none." in done.stderr
+    assert "SRA_KERNELS_BUILD='gpu' is unknown. Use auto, cpu, cuda or none." in done.stderr
 
 
 USE = """
@@ -145,20 +175,44 @@ def test_an_unknown_backend_in_the_environment():
     assert "There is no backend 'gpu'. Choose one of auto, cpu, torch" in done.stderr
 
 
-def test_pip_installs_a_package_that_works(source, tmp_path):
-    """Built by pip, used from where it lands; nothing of the source tree is on the path."""
-    target = tmp_path / "installed"
-    argv = [
-        "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--no-build-isolation", "--no-index", "--target", target, source,
-    ]  # fmt: skip
-    done = run(argv, tmp_path, SRA_KERNELS_BUILD="auto" if COMPILER else "none")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """As `make wheel` makes it, but for the CUDA library."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler on this machine")
+    folder = tmp_path_factory.mktemp("wheel")
+    argv = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = run([*argv, "--wheel-dir", folder, copied(folder / "source")], folder)
     assert done.returncode == 0, done.stderr
-    installed = {str(p.relative_to(target)) for p in target.rglob("*")}
-    assert {"sra/py.typed", "sra_kernels/py.typed", "sra/cli.py", "bin/sra"} <= installed
-    assert not any(name.split("/")[0] in ("tests", "benchmarks", "csrc") for name in installed)
-    assert ("sra_kernels/_cpu.so" in installed) == (COMPILER is not None)
-    code = f"{USE}\nassert {str(target)!r} in sra_kernels.__file__"
-    done = run(["-c", code], tmp_path, PYTHONPATH=str(target))
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_one_wheel_serves_every_python_and_torch(wheel):
+    assert "-py3-none-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        library = archive.read("sra_kernels/_cpu.so")
+    assert {"sra/py.typed", "sra_kernels/py.typed", "sra/cli.py"} <= set(names)
+    assert not any(name.split("/")[0] in ("tests", "benchmarks", "csrc") for name in names)
+    assert b"PyModule" not in library
+    assert b"c10" not in library
+
+
+def test_the_wheel_works_in_a_clean_environment_without_a_compiler(wheel, tmp_path):
+    """A new environment that sees this one's torch, but not this package."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    argv = ["-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    done = run([*argv, wheel], tmp_path, PATH="/nonexistent", **NO_COMPILER)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("yes: C++ for tensors on the CPU" if COMPILER else "no: ")
+    assert (tmp_path / "env" / "bin" / "sra").exists()
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    done = subprocess.run(
+        [python, "-m", "tests.every_op", "cpu"], cwd=tmp_path, text=True, capture_output=True,
+        env={"PATH": "/nonexistent", "OMP_NUM_THREADS": "2"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [word for op in every_op.CASES for word in (f"{op}:", "right")]
