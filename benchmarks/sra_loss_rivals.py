@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.providers import compiled, differentiated
 from benchmarks.registry import Job
 from sra.objective import recipe
-from sra_kernels.linear_span_kl.portable import product_dtype
+from sra_kernels.linear_span_kl.chunks import product_dtype
 
 if TYPE_CHECKING:
     from benchmarks.sra_loss import Inputs, Side

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from sra_kernels import check, native
-from sra_kernels.linear_span_kl import portable
-from sra_kernels.linear_span_kl.portable import Chunk, Objective, Side
+from sra_kernels.linear_span_kl import chunks
 from sra_kernels.native import DTYPES, OK, address
 from sra_kernels.span_kl import cpu as span_kl
 
+compare_chunk = chunks.with_kernel(span_kl.compare)
+
 
 def linear_span_kl_forward(*args: Any) -> tuple[Tensor, ...]:
-    return portable.forward(compare_chunk, *args)
+    return chunks.forward(compare_chunk, *args)
 
 
 def linear_span_kl_backward(*args: Any) -> tuple[Tensor, ...]:
-    return portable.backward(compare_chunk, *args)
+    return chunks.backward(compare_chunk, *args)
 
 
 class HeadRows(ctypes.Structure):
@@ -61,27 +62,8 @@ def linear_span_kl_restore(
     return head
 
 
-def compare_chunk(
-    ours: Side, theirs: Side, objective: Objective, chunk: Chunk, need_grad: bool
-) -> None:
-    """Fills the chunk's kl and mass; its student logits become their gradient, if needed."""
-    temperature, direction, beta, outside, student_ids, teacher_ids = objective
-    span_kl.compare(
-        chunk.student, chunk.teacher, student_ids, teacher_ids, temperature, direction, beta,
-        outside,
-        factors=None if chunk.factors is None else chunk.factors.contiguous(),
-        kl=chunk.kl,
-        mass=chunk.mass,
-        grad=chunk.student if need_grad else None,
-        student_scale=ours.scale,
-        student_softcap=ours.softcap,
-        teacher_scale=theirs.scale,
-        teacher_softcap=theirs.softcap,
-    )  # fmt: skip
-
-
 def plan(*args: Any, **options: Any) -> tuple[str, int]:
-    return portable.plan_with(buffers, *args, **options)
+    return chunks.plan_with(buffers, *args, **options)
 
 
 def buffers(

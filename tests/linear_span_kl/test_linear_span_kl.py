@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from sra_kernels import explain, linear_span_kl, span_kl, use_backend
-from sra_kernels.linear_span_kl import portable
+from sra_kernels.linear_span_kl import chunks
 from sra_kernels.linear_span_kl.reference import linear_span_kl as reference
 from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
 
@@ -74,6 +74,12 @@ def grads(loss, ours, upstream=None):
     return torch.autograd.grad(loss, given, upstream, retain_graph=True)
 
 
+def cut(monkeypatch, **sizes):
+    """Other pieces and chunks, on every device."""
+    for device, usual in chunks.SIZES.items():
+        monkeypatch.setitem(chunks.SIZES, device, usual._replace(**sizes))
+
+
 @pytest.mark.parametrize(("outside", "reduction"), EVERY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -109,8 +115,8 @@ def test_matches_float64(poison, outside, reduction, dtype, transform, full):
 def test_either_dtype_of_the_products(poison, outside, reduction, native, monkeypatch):
     """What a processor with bfloat16 arithmetic runs, and what one without runs, part by part."""
     product = torch.bfloat16 if native else torch.float32
-    monkeypatch.setattr(portable, "product_dtype", lambda head: product)
-    monkeypatch.setattr(portable, "PIECE_BYTES", 1)
+    monkeypatch.setattr(chunks, "product_dtype", lambda head: product)
+    cut(monkeypatch, piece_bytes=1)
     ours, theirs, options = case(outside, torch.bfloat16, bias=True, weights=True)
     loss = run(ours, theirs, options, reduction=reduction)
     got = loss, *grads(loss.sum(), ours)
@@ -251,8 +257,7 @@ def test_2_saved_tensors_are_not_mutated_and_a_second_backward_is_right(outside,
 
 def test_3_the_gradient_of_the_head_accumulates_in_float32(monkeypatch):
     """64 chunks of one repeated bfloat16 state: a bfloat16 sum would stop growing."""
-    monkeypatch.setattr(portable, "MIN_ROWS", 1)
-    monkeypatch.setattr(portable, "CHUNK_BYTES", 1)
+    cut(monkeypatch, rows=1, chunk_bytes=1)
     student = torch.ones(640, 8, dtype=torch.bfloat16, requires_grad=True)
     head = torch.zeros(3, 8, dtype=torch.bfloat16, requires_grad=True)
     teacher, teacher_head = torch.ones(640, 1).bfloat16(), torch.tensor([[2.0], [0.0], [0.0]])
@@ -377,9 +382,9 @@ def test_8_same_bits_for_the_same_chunks_and_the_same_numbers_for_any(
 
     first = once()
     assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
-    monkeypatch.setattr(portable, "CHUNK_BYTES", 1)
+    cut(monkeypatch, chunk_bytes=1)
     for rows in (1, 7, 49, 50):
-        monkeypatch.setattr(portable, "MIN_ROWS", rows)
+        cut(monkeypatch, rows=rows)
         for a, b in zip(once(), first, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -413,7 +418,7 @@ def test_10_double_backward_raises(reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)], ids=str)
 def test_memory_stays_under_the_plan_and_no_logits_are_whole(outside, dtype, learns, monkeypatch):
-    monkeypatch.setattr(portable, "CHUNK_BYTES", 4 << 20)
+    cut(monkeypatch, chunk_bytes=4 << 20)
     spans, ours, theirs, shared, width = 1500, 3000, 4000, 2000, 64
     student = torch.randn(spans, width).to(dtype).requires_grad_(learns[0])
     head = torch.randn(ours, width).div(4).to(dtype).requires_grad_(learns[1])
