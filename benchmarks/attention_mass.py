@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.providers import compiled, differentiated, on_backend
 from benchmarks.registry import Absent, Benchmark, Job
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, seeded
 from sra_kernels import attention_mass
 
 ONE, ALL = "one row", "all rows"
@@ -72,6 +72,13 @@ CASES = [
     _case("Qwen2.5", ALL, 4, 512, "bfloat16"),
     _case("Gemma-3", ALL, 1, 2048, window=512),
 ]
+GPU = [
+    _case("Llama-3.1-8B", ALL, 1, 8192, "bfloat16"),
+    _case("Llama-3.1-8B", ALL, 1, 2048, "bfloat16"),
+    _case("Gemma-3", ALL, 4, 2048, "bfloat16", window=512),
+    _case("Llama-3.1-8B", ONE, 1, 32_768, "bfloat16"),
+    _case("Llama-3.1-8B", ONE, 16, 1024, "bfloat16", padding="right"),
+]
 SMALL = [
     _case("small", mode, 3, 40, dtype, window, padding)
     for mode, dtype, window, padding in (
@@ -110,7 +117,7 @@ class Inputs:
 
 
 def inputs(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     dtype = getattr(torch, case.dtype)
     query = torch.randn(case.batch, case.heads, case.tokens, case.head_dim, generator=generator)
     key = torch.randn(case.batch, case.kv_heads, case.tokens, case.head_dim, generator=generator)
@@ -139,6 +146,12 @@ def ours(x: Inputs) -> Job:
             window=x.case.window or None,
         )
     )
+
+
+def one_row_in_cuda(x: Inputs) -> Job:
+    if x.case.mode == ALL:
+        raise Absent("left out: there is no CUDA kernel for all rows")
+    return on_backend("cuda", ours)(x)
 
 
 def shares(x: Inputs, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
@@ -239,6 +252,8 @@ BENCHMARK = Benchmark(
     name="attention_mass",
     cases=CASES,
     small=SMALL,
+    gpu=GPU,
+    gpu_providers={"ours (CUDA)": one_row_in_cuda},
     inputs=inputs,
     exact=exact,
     tolerance=lambda case: {"float32": 1e-4, "bfloat16": 5e-2}[case.dtype],
@@ -251,7 +266,7 @@ BENCHMARK = Benchmark(
     },
     bytes_moved=bytes_moved,
     flops=flops,
-    headline=lambda case: case in CASES[:2],
+    headline=lambda case: case in (*CASES[:2], *GPU),
     headline_only=["ours (torch backend)", "eager, full matrix", "torch.compile"],
     seconds=35,
 )

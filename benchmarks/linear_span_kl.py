@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.providers import compiled, differentiated, rival
+from benchmarks.providers import compiled, differentiated, on_backend, rival
 from benchmarks.registry import Absent, Benchmark, Job
-from benchmarks.shapes import SHAPES, SHARED, normal, shared_ids, span_counts
+from benchmarks.shapes import SHAPES, SHARED, normal, seeded, shared_ids, span_counts
 from benchmarks.span_kl import BETA, DTYPES, TEMPERATURE, formula
 from sra_kernels import linear_span_kl
 from sra_kernels.span_kl.options import Direction
@@ -24,7 +24,7 @@ from sra_kernels.span_kl.options import Direction
 
 @dataclass(frozen=True)
 class Case:
-    """`head`: the student's, "trained" or "frozen"."""
+    """`head`: the student's, "trained" or "frozen". `shared` 0: one vocabulary."""
 
     case: str
     head: str
@@ -48,6 +48,7 @@ def _case(
     head: str = "trained",
 ) -> Case:
     ours, theirs = SHAPES[student], SHAPES[teacher]
+    one = ours.vocabulary == theirs.vocabulary
     return Case(
         f"{student} ← {teacher}, {what}",
         head,
@@ -58,7 +59,7 @@ def _case(
         theirs.dim,
         ours.vocabulary,
         theirs.vocabulary,
-        SHARED[student, teacher],
+        0 if one else SHARED[student, teacher],
     )
 
 
@@ -72,6 +73,13 @@ CASES = [
     _case("SmolLM2", "Qwen2.5", 16, "16 sentences", "bfloat16"),
     _case("SmolLM2", "Qwen2.5", 1, "one span"),
 ]
+GPU = [
+    _case("Llama-3.2-1B", "Llama-3.1-8B", 8192, "8,192 rows", "bfloat16"),
+    _case("Llama-3.2-1B", "Llama-3.1-8B", 8192, "8,192 rows", "bfloat16", head="frozen"),
+    _case("Llama-3.1-8B", "Llama-3.1-8B", 8192, "8,192 rows", "bfloat16"),
+    _case("Llama-3.2-1B", "Llama-3.1-8B", 1024, "1,024 rows", "bfloat16"),
+    _case("Llama-3.2-1B", "Qwen2.5-7B", sum(span_counts(16)), "batch 16", "bfloat16"),
+]
 HOW: list[tuple[Direction, str]] = [
     ("forward", "trained"),
     ("reverse", "frozen"),
@@ -82,38 +90,47 @@ SMALL = [_case("small", "large", 9, "small", dtype, *how) for dtype in DTYPES fo
 
 @dataclass
 class Inputs:
-    """`cut`: the teacher's head, its shared rows alone."""
+    """`cut`: the teacher's head, its shared rows alone; without a vocabulary, the whole."""
 
     case: Case
     student: Tensor
     student_head: Tensor
     teacher: Tensor
     teacher_head: Tensor
-    vocab: tuple[Tensor, Tensor]
+    vocab: tuple[Tensor, Tensor] | None
 
     def __post_init__(self) -> None:
-        self.cut = self.teacher_head[self.vocab[1]]
+        self.ids = None if self.vocab is None else self.vocab[0]
+        self.compared = self.case.shared or self.case.student_vocab
+        self.cut = self.teacher_head if self.vocab is None else self.teacher_head[self.vocab[1]]
         self.trained = self.case.head == "trained"
         self.leaves = [self.student, self.student_head] if self.trained else [self.student]
         self.labels = torch.zeros(self.case.spans, dtype=torch.int64)
 
     def student_cut(self) -> Tensor:
-        return self.student_head.index_select(0, self.vocab[0])
+        return cut(self.student_head, self.ids)
+
+
+def cut(head: Tensor, ids: Tensor | None) -> Tensor:
+    return head if ids is None else head.index_select(0, ids)
 
 
 def inputs(case: Case) -> Inputs:
     """Logits of some 3 around 0; the teacher's shared ones are the student's with noise."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     dtype = getattr(torch, case.dtype)
     student = torch.randn(case.spans, case.student_dim, generator=generator)
     teacher = torch.randn(case.spans, case.teacher_dim, generator=generator)
     head = normal(case.student_vocab, case.student_dim, generator)
     head.mul_(3 / case.student_dim**0.5)
-    vocab = shared_ids(case.student_vocab, case.teacher_vocab, case.shared, generator)
+    vocab = None
+    if case.shared:
+        vocab = shared_ids(case.student_vocab, case.teacher_vocab, case.shared, generator)
     # The first columns of the teacher are the student's model, the others its own.
     theirs = normal(case.teacher_vocab, case.teacher_dim, generator)
     theirs.mul_(1 / case.teacher_dim**0.5)
-    theirs[vocab[1], : case.student_dim] = head[vocab[0]]
+    ids = (slice(None), slice(None)) if vocab is None else vocab
+    theirs[ids[1], : case.student_dim] = head[ids[0]]
     teacher[:, : case.student_dim] = student + teacher[:, : case.student_dim] / 3
     return Inputs(
         case,
@@ -127,13 +144,13 @@ def inputs(case: Case) -> Inputs:
 
 def exact(x: Inputs) -> list[Tensor]:
     """In float64, the formula differentiated by autograd on the logits, then by hand."""
-    head, cut = x.student_head.detach()[x.vocab[0]].double(), x.cut.double()
+    head, theirs = cut(x.student_head.detach(), x.ids).double(), x.cut.double()
     value, grads = torch.zeros((), dtype=torch.float64), []
     grad_head = torch.zeros_like(head) if x.trained else head[:0]
     for student, teacher in zip(x.student.detach().split(64), x.teacher.split(64), strict=True):
         student = student.double()
         logits = (student @ head.T).requires_grad_()
-        loss = formula(x.case.direction, logits, teacher.double() @ cut.T).sum()
+        loss = formula(x.case.direction, logits, teacher.double() @ theirs.T).sum()
         loss.backward()
         assert logits.grad is not None
         value += loss.detach()
@@ -143,7 +160,7 @@ def exact(x: Inputs) -> list[Tensor]:
     if not x.trained:
         return [value[None], torch.cat(grads)]
     whole = torch.zeros(x.student_head.shape, dtype=torch.float64)
-    whole[x.vocab[0]] = grad_head
+    whole[slice(None) if x.ids is None else x.ids] = grad_head
     return [value[None], torch.cat(grads), whole]
 
 
@@ -169,18 +186,25 @@ def ours(x: Inputs) -> Job:
 
 
 def in_torch(
-    direction: str, student: Tensor, head: Tensor, ids: Tensor, teacher: Tensor, cut: Tensor
+    direction: str,
+    student: Tensor,
+    head: Tensor,
+    ids: Tensor | None,
+    teacher: Tensor,
+    teacher_head: Tensor,
 ) -> Tensor:
-    """Float32 products whatever the inputs: in bfloat16 the gradients are 35 % off, and slower."""
+    """On a CPU float32 products whatever the inputs: in bfloat16 the gradients are 35 % off, and
+    slower."""
+    product = torch.float32 if head.device.type == "cpu" else head.dtype
     with torch.no_grad():
-        theirs = teacher.float() @ cut.float().T
-    ours = student.float() @ head.index_select(0, ids).float().T
-    return formula(direction, ours, theirs).sum()
+        theirs = teacher.to(product) @ teacher_head.to(product).T
+    ours = student.to(product) @ cut(head, ids).to(product).T
+    return formula(direction, ours.float(), theirs.float()).sum()
 
 
 def eager(x: Inputs, function: Callable[..., Tensor] | None = None) -> Job:
     forward = function or partial(in_torch, x.case.direction)
-    return _job(x, lambda: forward(x.student, x.student_head, x.vocab[0], x.teacher, x.cut))
+    return _job(x, lambda: forward(x.student, x.student_head, x.ids, x.teacher, x.cut))
 
 
 def compiled_eager(x: Inputs) -> Job:
@@ -238,22 +262,24 @@ def orda(x: Inputs) -> Job:
             kl_temperature=TEMPERATURE,
             kl_divergence=x.case.direction,
             reduction="sum",
-            backend="torch",
+            backend="torch" if x.student.device.type == "cpu" else "triton",
         ).loss
 
     return _job(x, forward, "orda-kernel")
 
 
 def gemms(x: Inputs) -> Job:
-    """The products that ours cannot do without, in float32, into outputs that exist already."""
-    student, teacher, cut = x.student.detach().float(), x.teacher.float(), x.cut.float()
-    head = x.student_head.detach()[x.vocab[0]].float()
-    logits, theirs = (student.new_empty(x.case.spans, x.case.shared) for _ in range(2))
+    """The products that ours cannot do without, into outputs that exist already: in float32 on a
+    CPU, in the inputs' dtype on a GPU."""
+    product = torch.float32 if x.student.device.type == "cpu" else x.student.dtype
+    student, teacher, theirs_head = (y.detach().to(product) for y in (x.student, x.teacher, x.cut))
+    head = x.student_cut().detach().to(product)
+    logits, theirs = (student.new_empty(x.case.spans, x.compared) for _ in range(2))
     grad, grad_head = torch.empty_like(student), torch.empty_like(head)
 
     def run() -> list[Tensor]:
         torch.mm(student, head.T, out=logits)
-        torch.mm(teacher, cut.T, out=theirs)
+        torch.mm(teacher, theirs_head.T, out=theirs)
         torch.mm(logits, head, out=grad)
         if x.trained:
             torch.mm(logits.T, student, out=grad_head)
@@ -265,7 +291,7 @@ def gemms(x: Inputs) -> Job:
 def bytes_moved(x: Inputs) -> int:
     """The shared rows of both heads and the states in, their gradients out."""
     case, size = x.case, x.student.element_size()
-    heads = case.shared * (case.student_dim + case.teacher_dim)
+    heads = x.compared * (case.student_dim + case.teacher_dim)
     states = case.spans * (2 * case.student_dim + case.teacher_dim)
     grad_head = case.student_vocab * case.student_dim if x.trained else 0
     return (heads + states + grad_head) * size
@@ -274,13 +300,15 @@ def bytes_moved(x: Inputs) -> int:
 def flops(x: Inputs) -> int:
     """Two or three products with the student's head (logits, states, head), one with the other."""
     products = (3 if x.trained else 2) * x.case.student_dim + x.case.teacher_dim
-    return 2 * x.case.spans * x.case.shared * products
+    return 2 * x.case.spans * x.compared * products
 
 
 BENCHMARK = Benchmark(
     name="linear_span_kl",
     cases=CASES,
     small=SMALL,
+    gpu=GPU,
+    gpu_providers={"ours (CUDA)": on_backend("cuda", ours)},
     inputs=inputs,
     exact=exact,
     tolerance=lambda case: {"float32": 1e-3, "bfloat16": 6e-2}[case.dtype],
@@ -295,7 +323,7 @@ BENCHMARK = Benchmark(
     bounds={"its GEMMs alone": gemms},
     bytes_moved=bytes_moved,
     flops=flops,
-    headline=lambda case: case in CASES[:1],
+    headline=lambda case: case in (*CASES[:1], *GPU),
     headline_only=["torch.compile", "Liger JSD", "TRL chunked_divergence", "ORDA"],
     seconds=50,
 )

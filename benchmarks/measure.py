@@ -1,4 +1,8 @@
-"""How a benchmark is measured: verified first, then timed in turns, memory in a fresh process."""
+"""How a benchmark is measured: verified first, then timed in turns, memory in a fresh process.
+
+Everything happens on torch's default device. On a GPU, times are those of the GPU itself, from a
+cold L2 cache, and memory is what torch's allocator hands out.
+"""
 
 from __future__ import annotations
 
@@ -104,12 +108,64 @@ def interleave(jobs: Mapping[str, Job], effort: Effort) -> dict[str, Tensor]:
 
 
 def _timed(job: Job) -> float:
+    if on_gpu():
+        return _timed_on_gpu(job)
     begin = time.perf_counter()
     outputs = job.run()
     end = time.perf_counter()
     del outputs
     job.reset()
     return 1e3 * (end - begin)
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+COLD = 256 << 20  # bytes, several times the L2 cache of any GPU
+
+
+@functools.cache
+def _cold() -> Tensor:
+    return torch.empty(COLD, dtype=torch.uint8)
+
+
+def _timed_on_gpu(job: Job) -> float:
+    """While the cache is swept, the host runs ahead: a launch that it is late for counts."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _cold().zero_()
+    begin.record()
+    outputs = job.run()
+    end.record()
+    end.synchronize()
+    del outputs
+    job.reset()
+    return begin.elapsed_time(end)
+
+
+def first_ms(job: Job) -> float:
+    """Wall clock of the first run in this process: what compiling costs, or loading what was."""
+    begin = time.perf_counter()
+    try:
+        job.run()
+    except Exception as problem:
+        raise Refused(f"{type(problem).__name__}: {problem}") from problem
+    finally:
+        job.reset()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def peak_mib_on_gpu(job: Job) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = job.run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del outputs
+    job.reset()
+    return peak / 2**20
 
 
 def peak_mib(name: str, case: Any, provider: str) -> float | None:
@@ -162,12 +218,15 @@ def copy_of(size: int) -> tuple[Job, int]:
     return Job(lambda: [out.copy_(source)]), 8 * len(source)
 
 
-GEMM = 1024  # the side of the square product whose rate is the roof of arithmetic
+# The side and dtype of the square product whose rate is the roof of arithmetic.
+GEMM = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 
 
 def gemm() -> tuple[Job, int]:
-    a, b, out = (torch.ones(GEMM, GEMM) for _ in range(3))
-    return Job(lambda: [torch.mm(a, b, out=out)]), 2 * GEMM**3
+    side, dtype = GEMM[torch.get_default_device().type]
+    # Random numbers: a GPU multiplies ones faster, because it then draws less power.
+    a, b, out = (torch.randn(side, side).to(dtype) for _ in range(3))
+    return Job(lambda: [torch.mm(a, b, out=out)]), 2 * side**3
 
 
 def measure(
@@ -188,7 +247,8 @@ def measure(
     jobs, size, flops = _bounds(benchmark, data)
     rows |= {bound: {"kind": "bound", "status": "ok"} for bound in jobs}
     exact = benchmark.exact(data) if benchmark.exact else None
-    for provider, prepare in benchmark.providers.items():
+    providers = {**benchmark.providers, **(benchmark.gpu_providers if on_gpu() else {})}
+    for provider, prepare in providers.items():
         if provider in benchmark.headline_only and not benchmark.headline(case):
             continue
         row: dict[str, Any] = {
@@ -198,6 +258,8 @@ def measure(
         rows[provider] = row
         try:
             job = prepare(data)
+            if on_gpu():
+                row["first_ms"] = first_ms(job)
             row["error_vs_float64"] = verify(job, exact, benchmark.tolerance(case))
             jobs[provider] = job
             row["package"] = job.package
@@ -213,7 +275,10 @@ def measure(
         row |= {"median_ms": middle, "p20_ms": low, "p80_ms": high, "samples": len(times)}
         row["min_ms"] = float(times.min())
     _roofline(rows, size, flops)
-    if memory and benchmark.headline(case):
+    if memory and on_gpu():
+        for provider in providers.keys() & jobs.keys():
+            rows[provider]["peak_mib"] = peak_mib_on_gpu(jobs[provider])
+    elif memory and benchmark.headline(case):
         del data, exact
         timed = [p for p in benchmark.providers if "median_ms" in rows.get(p, ())]
         jobs.clear()

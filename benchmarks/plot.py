@@ -29,6 +29,7 @@ MEASURED = (
     "bound",
     "pct_of_roofline",
     "peak_mib",
+    "first_ms",
     "error_vs_float64",
     "status",
 )
@@ -46,10 +47,10 @@ ROOFLINE = (
     "median. Memory: the bytes that any implementation must read and write once, at the rate of a "
     "`torch.Tensor.copy_` that moves as many (at most 256 MiB) between buffers that are mapped "
     "already. Arithmetic: its multiplications and additions, causal ones counted half, at the rate "
-    "of a float32 `torch.mm` of [1024]³. Both are measured in the same turns. Exponentials are "
-    "not counted, a copy is half writes, which cost more than reads, and under the default malloc "
-    "every result is fresh memory, which the copy is spared: so some ops cannot reach 100 %, and "
-    "one that mostly reads can pass it."
+    "of a `torch.mm` ([1024]³ in float32 on a CPU, [8192]³ in bfloat16 on a GPU). Both are "
+    "measured in the same turns. Exponentials are not counted, a copy is half writes, which cost "
+    "more than reads, and under the default malloc every result is fresh memory, which the copy is "
+    "spared: so some ops cannot reach 100 %, and one that mostly reads can pass it."
 )
 
 
@@ -125,8 +126,9 @@ def times(mine: Row | None, other: Row | None) -> str:
 
 def machine(row: Row) -> str:
     changes = " with changes" if int(row["dirty"]) else ""
+    on = row.get("gpu") or f"{row['cpu']}, {row['threads']} threads"
     return (
-        f"{row['cpu']}, {row['threads']} threads; torch {row['torch']}, Python {row['python']}; "
+        f"{on}; torch {row['torch']}, Python {row['python']}; "
         f"commit {row['commit']}{changes}, {row['timestamp'][:10]}"
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Absent, Job
-from sra_kernels import use_backend
+from sra_kernels import backend, use_backend
 
 
 def differentiated(
@@ -42,6 +42,9 @@ def differentiated(
 
 def on_backend(name: str, provider: Callable[[Any], Job]) -> Callable[[Any], Job]:
     def prepare(x: Any) -> Job:
+        missing = backend.missing(name)
+        if missing:
+            raise Absent(f"not here: {missing}")
         inner = provider(x)
 
         def run() -> Sequence[Tensor]:

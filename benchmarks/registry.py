@@ -47,6 +47,8 @@ class Benchmark:
     Attributes:
         cases: frozen dataclasses; each field is a column of the CSV, `case` names the shape.
         small: cases of test size.
+        gpu: cases for `--device cuda`, which has no others.
+        gpu_providers: providers that take part there, beside the rest.
         inputs: makes the tensors of a case, the same each time.
         exact: what a job must return, in float64. None where the providers have different
             objectives: then their results need only be finite.
@@ -78,6 +80,8 @@ class Benchmark:
     bytes_moved: Callable[[Any], int] | None = None
     flops: Callable[[Any], int] | None = None
     seconds: float = 60
+    gpu: Sequence[Any] = ()
+    gpu_providers: Mapping[str, Callable[[Any], Job]] = dataclasses.field(default_factory=dict)
 
 
 def load(name: str) -> Benchmark:

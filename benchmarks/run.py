@@ -7,6 +7,9 @@ Each malloc setting gets a process of its own, because glibc reads its tunables 
     tuned    freed memory is kept and used again, as under jemalloc or in a long training run.
              The headline cases only.
 
+`--device cuda` measures the GPU kernels instead, on cases of their own; `make gpu` does that, and
+more.
+
 Rivals are optional: `pip install 'sra[bench]'` brings those that run on a CPU.
 """
 
@@ -30,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import plot
-from benchmarks.measure import Effort, measure
+from benchmarks.measure import Effort, measure, on_gpu
 from benchmarks.registry import NAMES, columns, label, load
 
 TUNABLES = {
@@ -63,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"folder for CSV, plot and table (default: {RESULTS.parent.name}/{RESULTS.name}, "
         f"and README.md, for a full run, {PARTIAL} for a part)",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--malloc", choices=TUNABLES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     part = bool(args.only or args.quick)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch sees no GPU on this machine")
+        return measure_on_gpu(args.op or NAMES, args.only, args.out or RESULTS / "gpu")
     out: Path = args.out or (PARTIAL if part else RESULTS)
     chosen = {
         name: [
@@ -107,6 +115,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot.rewrite_readme(plot.README, RESULTS)
     print(f"{time.perf_counter() - begin:.0f} s in all")
     return status
+
+
+def measure_on_gpu(names: Sequence[str], only: str, out: Path) -> int:
+    """Each op's GPU cases on the current GPU; those that the CSV holds for this commit stand.
+
+    1 where an implementation of ours was refused or failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    status = 0
+    with torch.device("cuda"):
+        for name in names:
+            path = out / f"{name}.csv"
+            cases = [case for case in load(name).gpu if re.search(only, label(case))]
+            for case in cases:
+                if _recorded(path, case):
+                    continue
+                print(f"{name}, {torch.cuda.get_device_name()}: {label(case)}", flush=True)
+                rows = measure(name, case, GPU_EFFORT, True, lambda x: print("   ", x))
+                for row in rows:  # all at once: a case that was cut off is measured again, whole
+                    _append(path, name, case, "default", row)
+                    if "median_ms" in row:
+                        print(f"    {row['provider']:28}{row['median_ms']:9.3f} ms", flush=True)
+                    elif row["kind"] == "ours" and not row["status"].startswith("not here"):
+                        status = 1
+                torch.cuda.empty_cache()
+            if path.exists():
+                print(*plot.write(path), sep="\n")
+    return status
+
+
+# Of the whole suite, a minute or two: the GPU may be lent for ten.
+GPU_EFFORT = Effort(most=30, least=5, seconds=4)
+
+
+def _recorded(path: Path, case: Any) -> bool:
+    if not path.exists():
+        return False
+    here = {**columns(case), "commit": machine()["commit"], "gpu": machine()["gpu"]}
+    return any(all(row.get(k) == str(v) for k, v in here.items()) for row in plot.read(path))
 
 
 def _measure_here(chosen: dict[str, list[Any]], malloc: str, quick: bool, out: Path) -> int:
@@ -153,7 +200,7 @@ def _append(path: Path, op: str, case: Any, malloc: str, row: dict[str, Any]) ->
         "malloc": malloc,
         **measured,
         "package": _versioned(row.get("package", "")),
-        **_machine(),
+        **machine(),
         "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     fresh = not path.exists()
@@ -169,7 +216,7 @@ def _versioned(package: str) -> str:
 
 
 @functools.cache
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", RECORDED)
@@ -177,9 +224,21 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu[1] if cpu else platform.processor(),
+        **_gpu(),
         "threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": int(bool(changes)),
+    }
+
+
+def _gpu() -> dict[str, str]:
+    """Empty on a CPU."""
+    if not on_gpu():
+        return {"gpu": "", "cuda": "", "triton": ""}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda or torch.version.hip or "",
+        "triton": metadata.version("triton"),
     }
 
 

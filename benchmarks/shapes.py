@@ -27,17 +27,26 @@ SHAPES = {
     "SmolLM2": Shape(576, 9, 3, 64, 49_152),
     "Qwen2.5": Shape(896, 14, 2, 64, 151_936),
     "Gemma-3": Shape(640, 4, 1, 256, 262_144),
+    "Llama-3.2-1B": Shape(2048, 32, 8, 64, 128_256),
+    "Llama-3.1-8B": Shape(4096, 32, 8, 128, 128_256),
+    "Qwen2.5-7B": Shape(3584, 28, 4, 128, 152_064),
     "small": Shape(24, 4, 2, 8, 131),
     "large": Shape(40, 6, 3, 8, 257),
 }
-# Entries that the two real tokenizers spell alike; that of Gemma-3 is a guess between the others.
+# Entries that the two real tokenizers spell alike; those of Gemma-3 and Llama-3.2 are guesses.
 SHARED = {
     ("GPT-2", "Qwen1.5"): 42_256,
     ("TinyLlama", "Mistral"): 24_184,
     ("SmolLM2", "Qwen2.5"): 39_237,
     ("SmolLM2", "Gemma-3"): 36_000,
+    ("Llama-3.2-1B", "Qwen2.5-7B"): 100_000,
     ("small", "large"): 90,
 }
+
+
+def seeded() -> torch.Generator:
+    """Of the default device, on which a benchmark's inputs are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(0)
 
 
 def span_counts(batch: int) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.providers import compiled, differentiated, on_backend, rival
 from benchmarks.registry import Benchmark, Job
+from benchmarks.shapes import seeded
 from sra_kernels import span_com
 from sra_kernels.testing import ragged_spans, real_lengths
 
@@ -43,19 +44,21 @@ def span_lengths(tokens: int, family: str) -> list[int]:
         return [n] * (tokens // n) + ([rest] if rest else [])
     lengths = [tokens // 2] if family == "mixed" else []
     left = tokens - sum(lengths)
-    generator = torch.Generator().manual_seed(0)
-    for n in real_lengths(left, generator):
-        lengths.append(min(n, left))
-        left -= lengths[-1]
-        if not left:
-            break
-    return [lengths[i] for i in torch.randperm(len(lengths), generator=generator)]
+    with torch.device("cpu"):  # the same lengths whatever the device
+        generator = seeded()
+        for n in real_lengths(left, generator):
+            lengths.append(min(n, left))
+            left -= lengths[-1]
+            if not left:
+                break
+        return [lengths[i] for i in torch.randperm(len(lengths), generator=generator)]
 
 
 WORDS = {
     "1": "single tokens",
     "3": "words",
     "20": "sentences",
+    "32": "paragraphs",
     "4096": "one long span",
     "real": "token spans",
     "mixed": "token spans and a long one",
@@ -89,6 +92,15 @@ CASES = [
     _case(320, 768, "real"),
     _case(4096, 2048, "4096"),
     _case(16, 768, "1", grads="none"),
+]
+GPU = [
+    _case(8192, 2048, "real", "bfloat16"),
+    _case(8192, 4096, "real", "bfloat16"),
+    _case(8192, 4096, "32", "bfloat16"),
+    _case(8192, 4096, "mixed", "bfloat16"),
+    _case(8192, 2048, "3", "bfloat16", "hidden+weights"),
+    _case(8192, 2048, "real", grads="none"),
+    _case(320, 2048, "real", "bfloat16"),
 ]
 SMALL = [
     _case(256, 72, lengths, dtype, grads)
@@ -128,7 +140,7 @@ class Inputs:
 
 
 def inputs(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     dtype = getattr(torch, case.dtype)
     spans = ragged_spans(span_lengths(case.tokens, case.lengths))
     hidden = torch.randn(case.tokens, case.dim, generator=generator).to(dtype)
@@ -251,6 +263,8 @@ BENCHMARK = Benchmark(
     name="span_com",
     cases=CASES,
     small=SMALL,
+    gpu=GPU,
+    gpu_providers={"ours (CUDA)": on_backend("cuda", ours)},
     inputs=inputs,
     exact=exact,
     # Enough for a mean of 4,096 rows, which is small beside them, summed in float32 (ours 1.1e-6,
@@ -267,7 +281,7 @@ BENCHMARK = Benchmark(
         "torch-scatter": segment_csr,
     },
     bytes_moved=bytes_moved,
-    headline=lambda case: case in CASES[:2],
+    headline=lambda case: case in (*CASES[:2], *GPU),
     headline_only=["ours (torch backend)", "torch.compile(index_add)"],
     seconds=35,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.providers import compiled, differentiated, on_backend
 from benchmarks.registry import Benchmark, Job
-from benchmarks.shapes import SHAPES, span_counts
+from benchmarks.shapes import SHAPES, seeded, span_counts
 from sra_kernels import span_geometry
 
 
@@ -49,6 +49,12 @@ CASES = [
     _case("SmolLM2", "Qwen2.5", [3] * 64, "batch 64, sentences"),
     _case("TinyLlama", "Mistral", [2], "one pair"),
 ]
+GPU = [
+    _case("TinyLlama", "Mistral", span_counts(16), "batch 16", "bfloat16"),
+    _case("TinyLlama", "Mistral", span_counts(16), "batch 16"),
+    _case("TinyLlama", "Mistral", [48] * 64, "batch 64, words", "bfloat16"),
+    _case("TinyLlama", "Mistral", [1024], "one sample", "bfloat16"),
+]
 SMALL = [
     _case("small", "large", counts, "small", dtype)
     for counts in (span_counts(4), [5, 5, 5], [2])
@@ -80,7 +86,7 @@ class Inputs:
 
 
 def inputs(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     dtype = getattr(torch, case.dtype)
     student = torch.randn(case.spans, case.student_dim, generator=generator)
     teacher = torch.randn(case.spans, case.teacher_dim, generator=generator)
@@ -162,6 +168,8 @@ BENCHMARK = Benchmark(
     name="span_geometry",
     cases=CASES,
     small=SMALL,
+    gpu=GPU,
+    gpu_providers={"ours (CUDA)": on_backend("cuda", ours)},
     inputs=inputs,
     exact=exact,
     tolerance=lambda case: {"float32": 1e-4, "bfloat16": 2e-2}[case.dtype],
@@ -174,7 +182,7 @@ BENCHMARK = Benchmark(
     },
     bytes_moved=bytes_moved,
     flops=flops,
-    headline=lambda case: case in CASES[:2],
+    headline=lambda case: case in (*CASES[:2], *GPU),
     headline_only=["ours (torch backend)", "torch.compile(padded)"],
     seconds=20,
 )

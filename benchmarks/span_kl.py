@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.providers import compiled, differentiated, on_backend
 from benchmarks.registry import Benchmark, Job
-from benchmarks.shapes import SHAPES, SHARED, normal, shared_ids, span_counts
+from benchmarks.shapes import SHAPES, SHARED, normal, seeded, shared_ids, span_counts
 from sra_kernels import span_kl, use_backend
 from sra_kernels.span_kl.options import Direction, Outside
 
@@ -76,6 +76,14 @@ CASES = [
     _case("TinyLlama", "TinyLlama", FOUR, "batch 4", "float32", "jsd"),
     _case("Gemma-3", "Gemma-3", 1, "one span", "float32"),
 ]
+# 8,192 tokens of a batch, and the spans of one sample.
+GPU = [
+    _case("Llama-3.2-1B", "Llama-3.2-1B", 8192, "8,192 rows", "bfloat16"),
+    _case("Llama-3.2-1B", "Llama-3.2-1B", 80, "80 rows", "bfloat16"),
+    _case("Llama-3.2-1B", "Llama-3.2-1B", 2048, "2,048 rows", "float32", "jsd"),
+    _case("SmolLM2", "Qwen2.5", sum(span_counts(16)), "batch 16", "bfloat16"),
+    _case("SmolLM2", "Qwen2.5", sum(span_counts(16)), "batch 16", "bfloat16", outside="bucket"),
+]
 HOW: list[tuple[Direction, Outside, str]] = [
     ("forward", "renormalise", BOTH),
     ("reverse", "bucket", BOTH),
@@ -107,7 +115,7 @@ class Inputs:
 
 def inputs(case: Case) -> Inputs:
     """Peaked logits; the teacher's shared ones are the student's with noise."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     dtype = getattr(torch, case.dtype)
     student = normal(case.spans, case.student_vocab, generator).mul_(3)
     teacher = normal(case.spans, case.teacher_vocab, generator).mul_(3)
@@ -216,6 +224,8 @@ BENCHMARK = Benchmark(
     name="span_kl",
     cases=CASES,
     small=SMALL,
+    gpu=GPU,
+    gpu_providers={"ours (CUDA)": on_backend("cuda", ours)},
     inputs=inputs,
     exact=exact,
     tolerance=lambda case: {"float32": 1e-4, "bfloat16": 2e-2}[case.dtype],
@@ -226,7 +236,7 @@ BENCHMARK = Benchmark(
         "torch.compile": compiled_eager,
     },
     bytes_moved=bytes_moved,
-    headline=lambda case: case in CASES[:2],
+    headline=lambda case: case in (*CASES[:2], *GPU),
     headline_only=["ours (torch backend)", "torch.compile"],
     seconds=40,
 )

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import sra_loss_rivals as rivals
-from benchmarks.providers import differentiated
+from benchmarks.providers import differentiated, on_backend
 from benchmarks.registry import Benchmark, Job
-from benchmarks.shapes import SHAPES, SHARED, Shape, normal, shared_ids, span_counts
+from benchmarks.shapes import SHAPES, SHARED, Shape, normal, seeded, shared_ids, span_counts
 from sra.head import Head
 from sra.objective import combine, recipe, span_losses
 from sra_kernels import attention_mass
@@ -57,6 +57,11 @@ CASES = [
     _case("GPT-2", "Qwen1.5", 4),
     _case("SmolLM2", "Qwen2.5", 16),
     _case("SmolLM2", "Qwen2.5", 4, "bfloat16"),
+]
+GPU = [
+    _case("Llama-3.2-1B", "Qwen2.5-7B", 16, "bfloat16"),
+    _case("SmolLM2", "Qwen2.5", 16, "bfloat16"),
+    _case("SmolLM2", "Qwen2.5", 16),
 ]
 SMALL = [_case("small", "large", 3, dtype) for dtype in ("float32", "bfloat16")]
 
@@ -102,7 +107,7 @@ class Inputs:
 
 
 def inputs(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     dtype = getattr(torch, case.dtype)
     counts = span_counts(case.batch)
     shapes = SHAPES[case.student], SHAPES[case.teacher]
@@ -225,6 +230,8 @@ BENCHMARK = Benchmark(
     name="sra_loss",
     cases=CASES,
     small=SMALL,
+    gpu=GPU,
+    gpu_providers={"ours (CUDA)": on_backend("cuda", ours)},
     inputs=inputs,
     exact=exact,
     tolerance=lambda case: {"float32": 2e-5, "bfloat16": 5e-2}[case.dtype],
@@ -234,7 +241,7 @@ BENCHMARK = Benchmark(
         "eager": rivals.eager,
         "torch.compile": rivals.compiled_eager,
     },
-    headline=lambda case: case == CASES[0],
+    headline=lambda case: case in (CASES[0], *GPU),
     headline_only=["authors' recipe", "torch.compile"],
     flops=flops,
     seconds=40,

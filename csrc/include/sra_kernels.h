@@ -126,13 +126,26 @@ void sra_prefer_huge_pages(void* begin, int64_t bytes); /* advice, before a larg
 
 /* The CUDA library. Pointers are of the current device, `stream` is a cudaStream_t. Nothing is
  * allocated and nothing waits: the caller gives a workspace of at least the bytes asked for, aligned
- * to 16. Contents are not checked: of bad spans or weights come NaNs. `threads` is not read. */
+ * to 64. Contents are not checked: of bad spans or weights come NaNs. `threads` is not read. */
 int sra_cuda_abi(void);
 int sra_cuda_emulated(void);      /* 1 in the CPU emulation of the tests */
 const char* sra_cuda_error(void); /* of this thread's last launch that failed */
 int64_t sra_cuda_span_com_workspace(const sra_span_com* p);
 int sra_cuda_span_com_forward(const sra_span_com* p, void* workspace, void* stream);
 int sra_cuda_span_com_backward(const sra_span_com* p, void* workspace, void* stream);
+/* span_kl: the ids are known by two tables, and not read: partner [student_entries] is the teacher's
+ * entry of each of the student's, -1 for none, or NULL: the one of the same number; shared_teacher
+ * [teacher_entries] is 1 where the teacher's entry is some partner, or NULL: all are. */
+int64_t sra_cuda_span_kl_workspace(const sra_span_kl* p);
+int sra_cuda_span_kl_forward(const sra_span_kl* p, const int32_t* partner,
+                             const uint8_t* shared_teacher, void* workspace, void* stream);
+int64_t sra_cuda_linear_span_kl_workspace(const sra_head_rows* p);
+int sra_cuda_linear_span_kl_restore(const sra_head_rows* p, const void* factor, void* workspace,
+                                    void* stream); /* factor: a scalar on the device, or NULL: 1 */
+int64_t sra_cuda_attention_mass_workspace(const sra_attention_mass* p); /* query_index is needed */
+int sra_cuda_attention_mass_forward(const sra_attention_mass* p, void* workspace, void* stream);
+int64_t sra_cuda_span_geometry_workspace(const sra_span_geometry* p);
+int sra_cuda_span_geometry_forward(const sra_span_geometry* p, void* workspace, void* stream);
 
 #if defined(__cplusplus)
 }

@@ -9,45 +9,9 @@ import torch
 from torch import Tensor
 
 from sra_kernels import check, native
-from sra_kernels.native import DTYPES, OK, address, rows
+from sra_kernels.native import OK, rows
+from sra_kernels.span_kl.params import params_of
 from sra_kernels.span_kl.portable import STATS, check_ids
-
-DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
-OUTSIDE = {"renormalise": 0, "weight": 1, "bucket": 2}
-
-
-class Params(ctypes.Structure):
-    _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("student_ids", ctypes.c_void_p),
-        ("teacher_ids", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("kl", ctypes.c_void_p),
-        ("mass", ctypes.c_void_p),
-        ("stats", ctypes.c_void_p),
-        ("known", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("student_entries", ctypes.c_int64),
-        ("teacher_entries", ctypes.c_int64),
-        ("shared", ctypes.c_int64),
-        ("student_stride", ctypes.c_int64),
-        ("teacher_stride", ctypes.c_int64),
-        ("grad_stride", ctypes.c_int64),
-        ("temperature", ctypes.c_double),
-        ("beta", ctypes.c_double),
-        ("student_scale", ctypes.c_double),
-        ("student_softcap", ctypes.c_double),
-        ("teacher_scale", ctypes.c_double),
-        ("teacher_softcap", ctypes.c_double),
-        ("student_dtype", ctypes.c_int32),
-        ("teacher_dtype", ctypes.c_int32),
-        ("grad_dtype", ctypes.c_int32),
-        ("direction", ctypes.c_int32),
-        ("outside", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
 
 
 def span_kl_forward(
@@ -91,56 +55,13 @@ def compare(
     teacher: Tensor,
     student_ids: Tensor | None,
     teacher_ids: Tensor | None,
-    temperature: float,
-    direction: str,
-    beta: float | None,
-    outside: str,
-    *,
-    factors: Tensor | None = None,
-    kl: Tensor | None = None,
-    mass: Tensor | None = None,
-    stats: Tensor | None = None,
-    known: Tensor | None = None,
-    grad: Tensor | None = None,
-    student_scale: float | None = None,
-    student_softcap: float | None = None,
-    teacher_scale: float | None = None,
-    teacher_softcap: float | None = None,
+    *objective: Any,
+    **wanted: Any,
 ) -> None:
     """Fills `kl`, `mass`, `stats` and `grad`, those that are given. `grad` may be `student`."""
     assert native.cpu is not None
     ids = [None if x is None else x.contiguous() for x in (student_ids, teacher_ids)]
-    params = Params(
-        student=address(student),
-        teacher=address(teacher),
-        student_ids=address(ids[0]),
-        teacher_ids=address(ids[1]),
-        factors=address(factors),
-        kl=address(kl),
-        mass=address(mass),
-        stats=address(stats),
-        known=address(known),
-        grad=address(grad),
-        rows=len(student),
-        student_entries=student.shape[1],
-        teacher_entries=teacher.shape[1],
-        shared=0 if ids[1] is None else len(ids[1]),
-        student_stride=student.stride(0),
-        teacher_stride=teacher.stride(0),
-        grad_stride=0 if grad is None else grad.stride(0),
-        temperature=temperature,
-        beta=0 if beta is None else beta,
-        student_scale=1 if student_scale is None else student_scale,
-        student_softcap=0 if student_softcap is None else student_softcap,
-        teacher_scale=1 if teacher_scale is None else teacher_scale,
-        teacher_softcap=0 if teacher_softcap is None else teacher_softcap,
-        student_dtype=DTYPES[student.dtype],
-        teacher_dtype=DTYPES[teacher.dtype],
-        grad_dtype=DTYPES[student.dtype if grad is None else grad.dtype],
-        direction=DIRECTIONS[direction],
-        outside=OUTSIDE[outside],
-        threads=torch.get_num_threads(),
-    )
+    params = params_of(student, teacher, ids[0], ids[1], *objective, **wanted)
     if native.cpu.sra_span_kl_forward(ctypes.byref(params)) != OK:
         check_ids(student_ids, student.shape[1], "student")
         check_ids(teacher_ids, teacher.shape[1], "teacher")
