@@ -85,7 +85,10 @@ HOW: list[tuple[Direction, str]] = [
     ("reverse", "frozen"),
     ("jsd", "trained"),
 ]
-SMALL = [_case("small", "large", 9, "small", dtype, *how) for dtype in DTYPES for how in HOW]
+SMALL = [
+    *(_case("small", "large", 9, "small", dtype, *how) for dtype in DTYPES for how in HOW),
+    _case("large", "large", 9, "small"),
+]
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,7 @@ def attention_mass(
     softcap: float | None = None,
     window: int | None = None,
     lse: Tensor | None = None,
+    lse_base: Literal["e", "2"] | None = None,
 ) -> Tensor:
     r"""Attention that each key receives, summed over heads (SRA, arXiv 2605.01205, token weights).
 
@@ -39,8 +43,10 @@ def attention_mass(
         softcap: c in ``c * tanh(score / c)`` (Gemma-2's ``attn_logit_softcapping``), or None.
         window: a sliding window: a row sees its own key and the ``window - 1`` before it. Or None.
         lse: ``[B, Hq, Tq]`` float32 (float64 for float64 inputs), each row's log-sum-exp of the
-            visible scores, scaled and capped, natural logarithm, as FlashAttention returns it: the
-            scores need not be kept until their sum is known. For all rows only. None computes it.
+            visible scores, scaled and capped, as an attention kernel returns it: the scores need
+            not be kept until their sum is known. For all rows only. None computes it.
+        lse_base: of the logarithm in ``lse``, which every ``lse`` comes with: ``"e"``
+            (FlashAttention, FlexAttention) or ``"2"`` (FlashInfer, Triton's tutorial).
 
     Query row i stands at key position ``i + T - Tq``, and sees no later key.
 
@@ -53,7 +59,7 @@ def attention_mass(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; a ``query_index`` out of range, or
-            together with ``lse``.
+            together with ``lse``; an ``lse`` without its base.
 
     Cost: one row reads the keys once, 2·B·Hq·T·d flops; all rows 2·B·Hq·Tq·T·d (half of that when
     causal), with a tile of query rows in memory at a time, never a T×T tensor.
@@ -105,7 +111,14 @@ def attention_mass(
                 "batch, query heads, query rows."
             )
         check.same_device("lse", lse, "query", query)
-        lse = lse.detach()
+        if lse_base not in ("e", "2"):
+            raise ValueError(
+                f"lse_base must say which logarithm lse is, 'e' or '2', not {lse_base!r}: the "
+                "wrong one gives other masses, not an error."
+            )
+        lse = lse.detach() if lse_base == "e" else lse.detach() * math.log(2)
+    elif lse_base is not None:
+        raise ValueError("lse_base belongs to lse; without it, leave it out.")
     run = reference.attention_mass
     if backend.current() != "reference":
         run = library.ops.attention_mass_forward
