@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench gpu wheel rivals clean
+.PHONY: demo test interpreted emulated check bench gpu wheel rivals clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
@@ -17,8 +17,21 @@ $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(VENV)/ready ## distil a real teacher into a real student, with a table, curves and a checkpoint
 	$(BIN)/sra demo
 
-test: check ## lint, types and every test
+test: check ## lint, types and every test; then the GPU kernels without a GPU, on the ops' own tests
 	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --output-sync=target interpreted emulated
+
+OPS := $(addprefix tests/,span_com span_kl linear_span_kl attention_mass span_geometry)
+EMULATED := build/emulation/_cuda.so
+
+interpreted: $(VENV)/ready ## the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=interpreter $(BIN)/python -m pytest -q $(OPS)
+
+emulated: $(EMULATED) ## the CUDA kernels, on the CPU
+	SRA_KERNELS_CUDA_LIBRARY=$(EMULATED) OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q $(OPS)
+
+$(EMULATED): $(VENV)/ready $(wildcard csrc/cuda/* csrc/include/* tests/emulation/*.h)
+	$(BIN)/python -m tests.emulation.build $@
 
 check: $(VENV)/ready ## lint and types
 	$(BIN)/ruff check .

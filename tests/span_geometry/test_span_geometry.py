@@ -288,6 +288,21 @@ def test_a_teacher_that_agrees_gives_exactly_zero():
     assert not torch.autograd.grad(loss.sum(), student)[0].any()
 
 
+def test_a_gpu_may_cut_the_pulls_into_several_launches(backend, monkeypatch):
+    if backend not in ("interpreter", "triton"):
+        pytest.skip("about the Triton kernels alone")
+    from sra_kernels.span_geometry import triton
+
+    student, teacher, weights, offsets = case([150, 2, 100], torch.float32, ours=4)
+    runs = []
+    for size in (triton.PULL_BYTES, 1):
+        monkeypatch.setattr(triton, "PULL_BYTES", size)
+        loss = span_geometry(student, teacher, weights, offsets)
+        runs.append((loss, torch.autograd.grad(loss.sum(), student)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.cpu_only
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_number_of_threads(backend, dtype):
