@@ -25,7 +25,7 @@ OPS := $(addprefix tests/,span_com span_kl linear_span_kl attention_mass span_ge
 EMULATED := build/emulation/_cuda.so
 
 interpreted: $(VENV)/ready ## the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=interpreter $(BIN)/python -m pytest -q $(OPS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=interpreter SRA_TEST_CASES=10 $(BIN)/python -m pytest -q $(OPS)
 
 emulated: $(EMULATED) ## the CUDA kernels, on the CPU
 	SRA_KERNELS_CUDA_LIBRARY=$(EMULATED) OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q $(OPS)
