@@ -22,16 +22,12 @@ test: check ## lint, types and every test; then the GPU kernels without a GPU, o
 	$(MAKE) --jobs=2 --output-sync=target interpreted emulated
 
 OPS := $(addprefix tests/,span_com span_kl linear_span_kl attention_mass span_geometry)
-EMULATED := build/emulation/_cuda.so
 
 interpreted: $(VENV)/ready ## the Triton kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=interpreter SRA_TEST_CASES=10 $(BIN)/python -m pytest -q $(OPS)
 
-emulated: $(EMULATED) ## the CUDA kernels, on the CPU
-	SRA_KERNELS_CUDA_LIBRARY=$(EMULATED) OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q $(OPS)
-
-$(EMULATED): $(VENV)/ready $(wildcard csrc/cuda/* csrc/include/* tests/emulation/*.h)
-	$(BIN)/python -m tests.emulation.build $@
+emulated: $(VENV)/ready ## the CUDA kernels, on the CPU
+	SRA_KERNELS_CUDA_LIBRARY=$$($(BIN)/python -m tests.emulation.build) OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q $(OPS)
 
 check: $(VENV)/ready ## lint and types
 	$(BIN)/ruff check .

@@ -33,5 +33,6 @@ class SpanGeometry(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         grad, offsets = ctx.saved_tensors
         index = torch.arange(grad.shape[0], device=grad.device)
-        sample = torch.searchsorted(offsets[1:-1], index, right=True)  # the last owns the rest
+        sample = torch.searchsorted(offsets[1:], index, right=True)
+        sample = sample.clamp(max=grad_loss.shape[0] - 1)  # where bad offsets leave spans over
         return (grad * grad_loss[sample, None]).to(ctx.dtype), None, None, None, None

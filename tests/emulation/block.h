@@ -96,7 +96,9 @@ class Block {
     for (const size_t i : blocks) {
       index = dim3(i % grid.x, i / grid.x % grid.y, i / (size_t(grid.x) * grid.y));
       run_block();
-      if (!fault_.empty()) return fault_ + " (block " + text(index) + ")";
+      if (fault_.empty()) continue;
+      threads_.clear();  // their stacks are left in the middle of functions
+      return fault_ + " (block " + text(index) + ")";
     }
     return "";
   }

@@ -88,8 +88,9 @@ class Fiber {
   void begin(void (*entry)()) {
     if (!stack_) stack_.reset(static_cast<char*>(std::aligned_alloc(64, kStackBytes)));
 #if defined(__SANITIZE_ADDRESS__)
-    // An earlier use may have ended in the middle of a function.
-    __asan_unpoison_memory_region(stack_.get(), kStackBytes);
+    // The frame of an earlier `entry`, which has not returned.
+    constexpr size_t kFrame = 4096;
+    __asan_unpoison_memory_region(stack_.get() + kStackBytes - kFrame, kFrame);
     fake_ = nullptr;
 #endif
     context_.begin(stack_.get(), entry);

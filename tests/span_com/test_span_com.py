@@ -23,6 +23,7 @@ CASES = {
     "all empty": ragged_spans([0, 0]),
     "none": ragged_spans([]),
     "one long": ragged_spans([1, 700, 2]),
+    "just over a GPU's piece": ragged_spans([65] * 12, gap=1),
     "as in real text": ragged_spans(real_lengths(200, torch.Generator().manual_seed(0))),
 }
 
