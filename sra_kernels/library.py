@@ -42,9 +42,13 @@ SCHEMAS = {
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_span_kl_restore": "(Tensor grad, Tensor? factor, Tensor ids, SymInt entries, "
     "ScalarType dtype) -> Tensor",
+    "linear_span_kl_tiles": f"({_LINEAR}) -> Tensor",
     "span_geometry_forward": "(Tensor student, Tensor teacher, Tensor weights, Tensor offsets, "
     "bool need_grad) -> (Tensor, Tensor)",
 }
+
+# What only the Triton kernels can do.
+TRITON_ALONE = {"linear_span_kl_tiles": "linear_span_kl(preset='tiles')"}
 
 _library = torch.library.Library("sra_kernels", "DEF")
 ops = torch.ops.sra_kernels
@@ -54,6 +58,11 @@ def _implementation(op: str, function: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         device = args[0].device
         name, _ = backend.select(op, device)
+        if function in TRITON_ALONE and backend.MODULES[name] != "triton":
+            raise RuntimeError(
+                f"The backend {name!r} does not serve {TRITON_ALONE[function]}. "
+                "use_backend('triton') does, on a GPU, and 'interpreter' on a CPU, very slowly."
+            )
         module = importlib.import_module(f"sra_kernels.{op}.{backend.MODULES[name]}")
         # Kernels are launched on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

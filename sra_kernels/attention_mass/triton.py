@@ -28,47 +28,54 @@ NORMALISE = {"BLOCK_PARTS": 8, "BLOCK_KEYS": 512}
 # tiles of rows.
 PROGRAMS, LEAST_TILES = 1024, 8
 
-# By kernel, bits of an input number and head size.
+# By kernel, bits of an input number and, of 16 bits, head size. BLOCK_D columns of the heads are in
+# a tile at most: whole rows of wide numbers would not fit into registers.
 CONFIGS = {
-    "row, 16, 64": (Config({"BLOCK_KEYS": 256}), Config({"BLOCK_KEYS": 128})),
-    "row, 16, 128": (Config({"BLOCK_KEYS": 128}), Config({"BLOCK_KEYS": 64})),
-    "row, 16, 256": (Config({"BLOCK_KEYS": 64}), Config({"BLOCK_KEYS": 128}, num_warps=8)),
-    "row, 32, 64": (Config({"BLOCK_KEYS": 128}),),
-    "row, 32, 128": (Config({"BLOCK_KEYS": 64}),),
-    "row, 32, 256": (Config({"BLOCK_KEYS": 32}),),
-    "row, 64, 64": (Config({"BLOCK_KEYS": 64}),),
-    "row, 64, 128": (Config({"BLOCK_KEYS": 32}),),
-    "row, 64, 256": (Config({"BLOCK_KEYS": 16}),),
+    "row, 16, 64": (
+        Config({"BLOCK_KEYS": 256, "BLOCK_D": 64}),
+        Config({"BLOCK_KEYS": 128, "BLOCK_D": 64}),
+    ),
+    "row, 16, 128": (
+        Config({"BLOCK_KEYS": 128, "BLOCK_D": 128}),
+        Config({"BLOCK_KEYS": 64, "BLOCK_D": 128}),
+    ),
+    "row, 16, 256": (
+        Config({"BLOCK_KEYS": 64, "BLOCK_D": 256}),
+        Config({"BLOCK_KEYS": 128, "BLOCK_D": 256}, num_warps=8),
+    ),
+    "row, 16, 512": (Config({"BLOCK_KEYS": 64, "BLOCK_D": 128}),),
+    "row, 32": (Config({"BLOCK_KEYS": 128, "BLOCK_D": 32}),),
+    "row, 64": (Config({"BLOCK_KEYS": 64, "BLOCK_D": 32}),),
     "statistics, 16, 64": (
-        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64}, num_stages=3),
-        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 128}, num_warps=8),
+        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 128, "BLOCK_D": 64}, num_warps=8),
+        Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "BLOCK_D": 64}, num_stages=3),
     ),
     "statistics, 16, 128": (
-        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64}, num_stages=3),
-        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 128}, num_warps=8),
+        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64, "BLOCK_D": 128}, num_warps=8, num_stages=3),
+        Config({"BLOCK_ROWS": 128, "BLOCK_KEYS": 128, "BLOCK_D": 128}, num_warps=8),
+        Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "BLOCK_D": 128}, num_stages=3),
     ),
-    "statistics, 16, 256": (Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64}),),
-    "statistics, 32, 64": (Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 32}),),
-    "statistics, 32, 128": (Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 32}),),
-    "statistics, 32, 256": (Config({"BLOCK_ROWS": 32, "BLOCK_KEYS": 32}),),
-    "statistics, 64, 64": (Config({"BLOCK_ROWS": 32, "BLOCK_KEYS": 32}),),
-    "statistics, 64, 128": (Config({"BLOCK_ROWS": 32, "BLOCK_KEYS": 16}),),
-    "statistics, 64, 256": (Config({"BLOCK_ROWS": 16, "BLOCK_KEYS": 16}, num_stages=1),),
+    "statistics, 16, 256": (Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "BLOCK_D": 256}),),
+    "statistics, 16, 512": (
+        Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "BLOCK_D": 128}, num_warps=8),
+    ),
+    "statistics, 32": (Config({"BLOCK_ROWS": 64, "BLOCK_KEYS": 32, "BLOCK_D": 32}),),
+    "statistics, 64": (Config({"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "BLOCK_D": 32}),),
     "mass, 16, 64": (
-        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 64}, num_stages=3),
-        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 128}, num_warps=8),
+        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 128, "BLOCK_D": 64}, num_warps=8),
+        Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64, "BLOCK_D": 64}, num_stages=3),
     ),
     "mass, 16, 128": (
-        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 64}, num_stages=3),
-        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 128}, num_warps=8),
+        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 64, "BLOCK_D": 128}, num_warps=8, num_stages=3),
+        Config({"BLOCK_KEYS": 128, "BLOCK_ROWS": 128, "BLOCK_D": 128}, num_warps=8),
+        Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64, "BLOCK_D": 128}, num_stages=3),
     ),
-    "mass, 16, 256": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64}),),
-    "mass, 32, 64": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 32}),),
-    "mass, 32, 128": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 32}),),
-    "mass, 32, 256": (Config({"BLOCK_KEYS": 32, "BLOCK_ROWS": 32}),),
-    "mass, 64, 64": (Config({"BLOCK_KEYS": 32, "BLOCK_ROWS": 32}),),
-    "mass, 64, 128": (Config({"BLOCK_KEYS": 32, "BLOCK_ROWS": 16}),),
-    "mass, 64, 256": (Config({"BLOCK_KEYS": 16, "BLOCK_ROWS": 16}, num_stages=1),),
+    "mass, 16, 256": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64, "BLOCK_D": 256}),),
+    "mass, 16, 512": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64, "BLOCK_D": 128}, num_warps=8),),
+    "mass, 32": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 32, "BLOCK_D": 32}),),
+    "mass, 64": (Config({"BLOCK_KEYS": 32, "BLOCK_ROWS": 32, "BLOCK_D": 32}),),
 }
 
 
@@ -82,11 +89,7 @@ def attention_mass_forward(
     window: int | None,
     lse: Tensor | None,
 ) -> Tensor:
-    (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
-    if dim > 256:
-        raise ValueError(
-            f"The triton backend serves head sizes up to 256, not {dim}. Use use_backend('torch')."
-        )
+    (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
     if check.contents(query.device):
         check_index(query_index, queries)
     wide = check.accumulator(query.dtype)
@@ -101,7 +104,6 @@ def attention_mass_forward(
         "SOFTCAP": softcap,
         "ACC": tl.float64 if wide == torch.float64 else tl.float32,
         "PRECISION": _precision(query),
-        "BLOCK_DIM": max(16, triton.next_power_of_2(dim)),
     }
     if query_index is not None:
         return _one_row(query, key, query_index.contiguous(), key_mask, window, model)
@@ -128,7 +130,7 @@ def _one_row(
             query, key, query_index, key_mask, score, top, total,
             *query.stride()[:3], *key.stride()[:3], queries, keys, dim, padded, window, run_tiles,
             BLOCK_GROUP=max(16, triton.next_power_of_2(model["GROUP"])), RUNS=RUNS,
-            **model, **config.launch(),
+            **model, **_blocks(config, dim),
         )  # fmt: skip
         return score, runs
 
@@ -162,7 +164,7 @@ def _all_rows(
             tiles = triton.cdiv(entries, config.blocks["BLOCK_ROWS"])
             kernels.statistics_kernel[(tiles, kv_heads, batch)](
                 query, key, key_mask, top, inverse, *strides, queries, keys, dim, window,
-                **model, **config.launch(),
+                **model, **_blocks(config, dim),
             )  # fmt: skip
 
         statistics(_chosen("statistics", query, statistics))
@@ -175,7 +177,7 @@ def _all_rows(
         part_total = query.new_empty(batch, parts, tiles, dtype=wide)
         kernels.mass_kernel[(tiles, parts, batch)](
             query, key, key_mask, top, inverse, part_mass, part_total, *strides,
-            queries, keys, dim, window, parts // kv_heads, **model, **config.launch(),
+            queries, keys, dim, window, parts // kv_heads, **model, **_blocks(config, dim),
         )  # fmt: skip
         return part_mass, part_total
 
@@ -195,9 +197,18 @@ def _precision(x: Tensor) -> str:
 
 
 def _chosen(kernel: str, query: Tensor, launch: Callable[[Config], object] | None) -> Config:
-    size = next(size for size in (64, 128, 256) if query.shape[3] <= size)
-    bucket = f"{kernel}, {8 * query.element_size()}, {size}"
+    bits = 8 * query.element_size()
+    bucket = f"{kernel}, {bits}"
+    if bits == 16:
+        bucket += f", {min(512, max(64, triton.next_power_of_2(query.shape[3])))}"
     return chosen("attention_mass", CONFIGS, bucket, query.device, launch)
+
+
+def _blocks(config: Config, dim: int) -> dict[str, int]:
+    """The launch arguments, with no more columns in a tile than it takes for `dim`."""
+    columns = min(config.blocks["BLOCK_D"], max(16, triton.next_power_of_2(dim)))
+    whole = max(1, triton.cdiv(dim, columns)) * columns
+    return {**config.launch(), "BLOCK_D": columns, "DIM": whole}
 
 
 def _runs(keys: int, config: Config) -> tuple[int, int, int]:

@@ -29,29 +29,34 @@ def tanh(x):
 
 
 @triton.jit
+def load_columns(rows, inside, first, dim, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] from pointers to rows, columns from `first` on; zeros where there is nothing.
+
+    `inside` comes from no mask in memory: bytes behind an operand of `tl.dot` widen its layout, and
+    in float64 that does not compile.
+    """
+    column = first + tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (column < dim)[None, :]
+    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def scores(
-    rows, others, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, x_rows, x_inside, y, y_rows, y_inside, dim, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[rows, others]."""
-    s = tl.dot(rows, tl.trans(others), input_precision=PRECISION, out_dtype=ACC)
+    """[x_rows, y_rows], where x and y hold the first BLOCK_D columns, the only ones kept."""
+    s = tl.dot(x, tl.trans(y), input_precision=PRECISION, out_dtype=ACC)
+    if DIM > BLOCK_D:
+        for first in range(BLOCK_D, DIM, BLOCK_D):
+            x_more = load_columns(x_rows, x_inside, first, dim, BLOCK_D)
+            y_more = load_columns(y_rows, y_inside, first, dim, BLOCK_D)
+            s = tl.dot(x_more, tl.trans(y_more), s, input_precision=PRECISION, out_dtype=ACC)
     if SOFTCAP is None:
         s *= SCALE * LOG2E
     else:
         s = tanh(s * (SCALE / SOFTCAP)) * (SOFTCAP * LOG2E)
     return s
-
-
-@triton.jit
-def load_rows(rows, inside, dim, BLOCK_DIM: tl.constexpr):
-    """[rows, BLOCK_DIM] from pointers to rows; zeros where there is nothing.
-
-    `inside` comes from no mask in memory: bytes behind an operand of `tl.dot` widen its layout, and
-    in float64 that does not compile.
-    """
-    column = tl.arange(0, BLOCK_DIM)
-    mask = inside[:, None] & (column < dim)[None, :]
-    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def row_scores_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     queries, keys, dim, padded, window, run_tiles,
     GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     RUNS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A run of keys against a group's query heads: scores, and each head's largest and sum."""
@@ -97,7 +102,8 @@ def row_scores_kernel(
     head = (kv_head * GROUP + in_group).to(tl.int64)
     inside = in_group < GROUP
     at = query + sample * query_batch + head * query_head + index * query_row
-    q = load_rows(at, inside & good, dim, BLOCK_DIM)
+    there = inside & good
+    q = load_columns(at, there, 0, dim, BLOCK_D)
     sample_head = sample * (tl.num_programs(1) * GROUP) + head
 
     top = tl.full([BLOCK_GROUP], float("-inf"), ACC)
@@ -105,10 +111,13 @@ def row_scores_kernel(
     key += sample * key_batch + kv_head.to(tl.int64) * key_head
     for tile in range(run * run_tiles, (run + 1) * run_tiles):
         column = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        visible = (column < keys) & is_visible(column, own, window)
-        k = load_rows(key + column.to(tl.int64) * key_row, visible, dim, BLOCK_DIM)
-        visible = is_real(key_mask, sample * keys + column, visible)
-        s = scores(k, q, SCALE, SOFTCAP, ACC, PRECISION)
+        reached = (column < keys) & is_visible(column, own, window)
+        k_at = key + column.to(tl.int64) * key_row
+        k = load_columns(k_at, reached, 0, dim, BLOCK_D)
+        s = scores(
+            k, k_at, reached, q, at, there, dim, SCALE, SOFTCAP, ACC, PRECISION, DIM, BLOCK_D
+        )
+        visible = is_real(key_mask, sample * keys + column, reached)
         s = tl.where(visible[:, None], s, float("-inf"))
         to = score + sample_head[None, :] * padded + column[:, None]
         tl.store(to, s, mask=inside[None, :] & (column < padded)[:, None])
@@ -138,8 +147,8 @@ def row_mass_kernel(
     shift = finite_shift(tl.max(tops, 1))
     total = tl.sum(sums * tl.exp2(tops - shift[:, None]), 1)
     giving = tl.sum((total != 0).to(tl.int32), 0)
-    share = tl.where(total == 0, 0, 1 / tl.where(total == 0, 1, total))
-    share /= tl.maximum(giving, 1).to(ACC)
+    whole = total * giving.to(ACC)
+    share = tl.where(total == 0, 0, 1 / tl.where(whole == 0, 1, whole))
 
     column = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     at = score + sample_head[:, None] * padded + column[None, :]
@@ -156,7 +165,7 @@ def statistics_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     queries, keys, dim, window,
     GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Each packed row's largest score and 1 / sum; (inf, 0) where it gives nothing."""
@@ -168,7 +177,7 @@ def statistics_kernel(
     own = row + behind
     used = is_real(key_mask, sample * keys + own, row < queries)
     at = query + sample * query_batch + head * query_head + row.to(tl.int64) * query_row
-    q = load_rows(at, row < queries, dim, BLOCK_DIM)
+    q = load_columns(at, row < queries, 0, dim, BLOCK_D)
 
     any_used = tl.max(used.to(tl.int32), 0) > 0
     first_own = tile * BLOCK_ROWS // GROUP + behind
@@ -194,8 +203,12 @@ def statistics_kernel(
             for first in range(start, stop, BLOCK_KEYS):
                 column = first + tl.arange(0, BLOCK_KEYS)
                 inside = column < keys
-                k = load_rows(key + column.to(tl.int64) * key_row, inside, dim, BLOCK_DIM)
-                s = scores(q, k, SCALE, SOFTCAP, ACC, PRECISION)
+                k_at = key + column.to(tl.int64) * key_row
+                k = load_columns(k_at, inside, 0, dim, BLOCK_D)
+                s = scores(
+                    q, at, row < queries, k, k_at, inside,
+                    dim, SCALE, SOFTCAP, ACC, PRECISION, DIM, BLOCK_D,
+                )  # fmt: skip
                 if part != 1:
                     visible = is_visible(column[None, :], own[:, None], window)
                     s = tl.where(visible, s, float("-inf"))
@@ -221,7 +234,7 @@ def mass_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     queries, keys, dim, window, splits,
     GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """What a tile of keys receives from one of `splits` shares of the rows that see it.
@@ -238,7 +251,7 @@ def mass_kernel(
     real = is_real(key_mask, sample * keys + column, column < keys)
     at = key + sample * key_batch + kv_head * key_head + column.to(tl.int64) * key_row
     # Scores of masked keys need no mask of their own: the mass of a key is its alone, and gets one.
-    k = load_rows(at, column < keys, dim, BLOCK_DIM)
+    k = load_columns(at, column < keys, 0, dim, BLOCK_D)
 
     # Rows from `start` see a key, from `clear` on all keys, before `edge` still all, before `end`
     # still one.
@@ -271,7 +284,7 @@ def mass_kernel(
                 row, head = entry // GROUP, entry % GROUP
                 inside = row < queries
                 q_at = query + head.to(tl.int64) * query_head + row.to(tl.int64) * query_row
-                q = load_rows(q_at, inside, dim, BLOCK_DIM)
+                q = load_columns(q_at, inside, 0, dim, BLOCK_D)
                 if inverse_of_row is None:
                     lse = top_of_row + stat + head.to(tl.int64) * queries + row
                     top = tl.load(lse, mask=inside, other=float("-inf"))
@@ -285,7 +298,10 @@ def mass_kernel(
                 if part != 1:
                     own = (row + behind)[None, :]
                     counts = counts & is_visible(column[:, None], own, window)
-                s = scores(k, q, SCALE, SOFTCAP, ACC, PRECISION)
+                s = scores(
+                    k, at, column < keys, q, q_at, inside,
+                    dim, SCALE, SOFTCAP, ACC, PRECISION, DIM, BLOCK_D,
+                )  # fmt: skip
                 p = tl.exp2(tl.where(counts, s, float("-inf")) - top[None, :])
                 if inverse_of_row is not None:
                     inverse = tl.load(inverse_of_row + stat + entry, mask=inside, other=0)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from sra_kernels import backend, check
+from sra_kernels import backend, check, library
 from sra_kernels.linear_span_kl import reference
 from sra_kernels.linear_span_kl.autograd import Each, Sum
 from sra_kernels.span_kl.options import Direction, Outside, Vocab, validate
 
 Reduction: TypeAlias = Literal["sum", "none"]
+Preset: TypeAlias = Literal["chunks", "tiles"]
 
 
 @overload
@@ -36,6 +38,7 @@ def linear_span_kl(
     teacher_scale: float | None = None,
     teacher_softcap: float | None = None,
     return_shared_mass: Literal[False] = False,
+    preset: Preset = "chunks",
 ) -> Tensor: ...
 @overload
 def linear_span_kl(
@@ -58,6 +61,7 @@ def linear_span_kl(
     teacher_scale: float | None = None,
     teacher_softcap: float | None = None,
     return_shared_mass: Literal[True],
+    preset: Preset = "chunks",
 ) -> tuple[Tensor, Tensor]: ...
 def linear_span_kl(
     student: Tensor,
@@ -79,6 +83,7 @@ def linear_span_kl(
     teacher_scale: float | None = None,
     teacher_softcap: float | None = None,
     return_shared_mass: bool = False,
+    preset: Preset = "chunks",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The logit term of SRA (arXiv 2605.01205): KL of the heads' logits at each span's state.
 
@@ -102,6 +107,8 @@ def linear_span_kl(
         student_softcap, teacher_softcap: the cap (Gemma-2's ``final_logit_softcapping``), applied
             after the scale and before the temperature.
         return_shared_mass: give the teacher's shared mass ``[S]`` as well.
+        preset: ``"tiles"`` gives the value alone, without gradient, and holds no logits in memory
+            at all; see below.
 
     Returns:
         A scalar or ``[S]``, float32 (float64 for float64 inputs); with ``return_shared_mass`` also
@@ -124,6 +131,11 @@ def linear_span_kl(
     ``explain(linear_span_kl, ...)`` tells its size and the peak memory. ``"bucket"``, ``"weight"``
     and ``return_shared_mass`` need the teacher's whole head, ``"bucket"`` also the student's.
 
+    With ``preset="tiles"`` the Triton kernels make the logits block by block, on chip, and twice:
+    for the sums behind every probability, then for the exact value, so 4·S·K·(Ds + Dt) flops. In
+    memory there are a few sums for each span. It is for evaluation and tight memory, with ``vocab``
+    renormalised or one vocabulary, and raises where a gradient would be recorded.
+
     >>> loss = linear_span_kl(com_s, lm_head_s, com_t, lm_head_t, temperature=2.0,
     ...     direction="forward", vocab=(ids_s, ids_t), reduction="sum")
     """
@@ -133,6 +145,10 @@ def linear_span_kl(
     _check_side("teacher", teacher, teacher_head, teacher_bias)
     _check_transform("student", student_scale, student_softcap)
     _check_transform("teacher", teacher_scale, teacher_softcap)
+    _check_preset(
+        preset, (student, student_head, student_bias),
+        return_shared_mass or (vocab is not None and outside != "renormalise"),
+    )  # fmt: skip
     check.same_device("teacher", teacher, "student", student)
     if teacher.shape[0] != student.shape[0]:
         raise ValueError(
@@ -161,6 +177,9 @@ def linear_span_kl(
     if backend.current() == "reference":
         kl, mass = reference.linear_span_kl(*args)
         loss = kl.sum() if reduction == "sum" else kl
+    elif preset == "tiles":
+        kl = library.ops.linear_span_kl_tiles(*args)
+        return kl.sum() if reduction == "sum" else kl
     else:
         function = Sum if reduction == "sum" else Each
         loss, mass = function.apply(torch.is_grad_enabled(), *args, return_shared_mass)
@@ -189,6 +208,22 @@ def _check_transform(name: str, scale: float | None, softcap: float | None) -> N
         raise TypeError(f"{name}_scale and {name}_softcap are Python numbers: pass .item() once.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}_softcap must be positive, not {softcap}; None for no cap.")
+
+
+def _check_preset(preset: str, learners: Sequence[Tensor | None], whole_heads: bool) -> None:
+    if preset not in ("chunks", "tiles"):
+        raise ValueError(f"preset must be 'chunks' or 'tiles', not {preset!r}.")
+    if preset == "chunks":
+        return
+    if whole_heads:
+        raise ValueError(
+            "preset='tiles' compares shared entries alone: for outside='weight' or 'bucket' and "
+            "for return_shared_mass use preset='chunks'."
+        )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learners):
+        raise ValueError(
+            "preset='tiles' gives no gradient: use preset='chunks', or torch.no_grad()."
+        )
 
 
 __all__ = ["linear_span_kl"]
