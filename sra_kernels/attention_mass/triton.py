@@ -75,6 +75,7 @@ CONFIGS = {
     "mass, 16, 256": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64, "BLOCK_D": 256}),),
     "mass, 16, 512": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 64, "BLOCK_D": 128}, num_warps=8),),
     "mass, 32": (Config({"BLOCK_KEYS": 64, "BLOCK_ROWS": 32, "BLOCK_D": 32}),),
+    "mass, 32@sm_80": (Config({"BLOCK_KEYS": 32, "BLOCK_ROWS": 32, "BLOCK_D": 32}),),
     "mass, 64": (Config({"BLOCK_KEYS": 32, "BLOCK_ROWS": 32, "BLOCK_D": 32}),),
 }
 

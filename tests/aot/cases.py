@@ -101,6 +101,7 @@ def attention_mass(module: Any, dtype: torch.dtype) -> Calls:
             yield f"{rows}, dim {dim}", True, partial(call, (4, 32, 8, 4096, dim), one)
         if dtype == torch.bfloat16:
             usual = 4, 32, 8, 4096, 128
+            yield f"{rows}, dim 512", True, partial(call, (4, 8, 2, 4096, 512), one)
             yield f"{rows}, dim 24", False, partial(call, (4, 6, 2, 4001, 24), one, mask=True)
             yield f"{rows}, options", True, partial(call, usual, one, 30.0, 512, True)
             yield f"{rows}, huge", True, partial(call, (64, 64, 16, 2**14, 128), one)
@@ -152,6 +153,7 @@ def linear_span_kl(module: Any, dtype: torch.dtype) -> Calls:
         options = None, softcap, None, softcap, 2.0, direction, beta, outside
         learn = True, True, weighted
         mass = outside == "weight"
+        module.linear_span_kl_tiles(*inputs, *options[:-1], "renormalise")
         _, _, _, head, bias = module.linear_span_kl_forward(*inputs, *options, mass, *learn)
         module.linear_span_kl_backward(real(spans, dtype=wide), *inputs, *options, *learn)
         factor = None if weighted else real(dtype=wide)
