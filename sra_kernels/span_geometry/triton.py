@@ -144,7 +144,8 @@ def whole_samples(
             student, teacher, weights, offsets, lengths, stats, loss, grad, len(student), len(loss),
             student.shape[1], teacher.shape[1], student.stride(0), teacher.stride(0),
             NEED_GRAD=grad.dim() == 2, ACC=ACCUMULATORS[weights.dtype],
-            TINY=torch.finfo(weights.dtype).tiny, **precisions(student, teacher, weights.dtype),
+            TINY=torch.finfo(weights.dtype).tiny,
+            **precisions(student, teacher, weights.dtype, alike=True),
             PULL=accurate(weights.dtype, student.device), LIMIT=LIMIT,
             enable_fp_fusion=False, **config.launch(),
         )  # fmt: skip
@@ -213,10 +214,16 @@ def accurate(wide: torch.dtype, device: torch.device) -> str:
     return "tf32x3" if tensor_cores else "ieee"
 
 
-def precisions(student: Tensor, teacher: Tensor, wide: torch.dtype) -> dict[str, str]:
-    """For the cosines of each side: a number of 16 bits is exact in tf32. Both alike: two kinds of
-    products in one kernel spill on sm_80."""
+def precisions(
+    student: Tensor, teacher: Tensor, wide: torch.dtype, alike: bool = False
+) -> dict[str, str]:
+    """For the cosines of each side: a number of 16 bits is exact in tf32. `alike`: one for both."""
     full = accurate(wide, student.device)
-    narrow = student.element_size() == teacher.element_size() == 2
-    both = "tf32" if full == "tf32x3" and narrow else full
-    return {"STUDENT": both, "TEACHER": both}
+
+    def of(x: Tensor) -> str:
+        return "tf32" if full == "tf32x3" and x.element_size() == 2 else full
+
+    sides = of(student), of(teacher)
+    if alike and sides[0] != sides[1]:
+        sides = full, full
+    return {"STUDENT": sides[0], "TEACHER": sides[1]}

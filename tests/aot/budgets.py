@@ -108,9 +108,11 @@ def refusals(rows: Iterable[Row], budgets: Mapping[Key, Budget]) -> list[str]:
 
 
 def may_spill(row: Row) -> bool:
-    """Rows that begin at no multiple of 16 bytes take more addresses, float64 twice the registers:
-    neither is a form that a model has. All others may not spill at all."""
-    return not row.aligned or row.dtype == "float64"
+    """Rows that begin at no multiple of 16 bytes take more addresses, float64 twice the registers,
+    and softcaps on both sides of "jsd" a tangent and its slope for each: by so much, and in all
+    other forms not at all."""
+    capped = re.search(r"\bDIRECTION=2\b.*CAP=True", row.config) is not None
+    return not row.aligned or row.dtype == "float64" or capped
 
 
 def streams(group: Iterable[Row]) -> list[Row]:
