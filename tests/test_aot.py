@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed; it brings the compilers")
+triton = pytest.importorskip("triton", reason="Triton is not installed; it brings the compilers")
 
 from tests.aot import budgets, compile_cuda
 from tests.aot.rows import Row, read
 
 ROOT = Path(__file__).parents[1]
+MEASURED_WITH = "3.8."  # another compiler takes other registers
 needs_nvcc = pytest.mark.skipif(
     compile_cuda.compiler() is None, reason="no nvcc: set NVCC, or put it on the PATH"
 )
@@ -48,6 +49,10 @@ def compiled(tmp_path_factory) -> Compiled:
 
 @pytest.mark.parametrize(("program", "target"), PROGRAMS)
 def test_every_kernel_keeps_within_its_budget(compiled, program, target):
+    if program == "compile_triton" and not triton.__version__.startswith(MEASURED_WITH):
+        pytest.skip(
+            f"the budgets are those of Triton {MEASURED_WITH}, this is {triton.__version__}"
+        )
     rows = compiled.rows(program, target)
     own = {
         key: budget
