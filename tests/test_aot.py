@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed; it brings the compilers")
+pytest.importorskip("triton", reason="Triton is not installed; it brings the compilers")
 
 from tests.aot import budgets, compile_cuda
 from tests.aot.rows import Row, read
