@@ -267,8 +267,14 @@ def plan_with(
     vocab: Vocab | None = None,
     outside: str = "renormalise",
     return_shared_mass: bool = False,
+    preset: str = "chunks",
     **options: Any,
 ) -> tuple[str, int]:
+    if preset != "chunks":
+        raise RuntimeError(
+            f"Only the Triton kernels serve preset={preset!r}: explain it under "
+            "use_backend('triton') on a GPU, or 'interpreter' on a CPU."
+        )
     wide, saved = check.accumulator(student.dtype).itemsize, saved_dtype(student.dtype).itemsize
     product, theirs_product = (product_dtype(x).itemsize for x in (student_head, teacher_head))
     shared = None if vocab is None else len(vocab[0])

@@ -198,6 +198,9 @@ def test_other_backends_name_the_one_that_has_it(name):
     message = rf"'{name}' does not serve linear_span_kl\(preset='tiles'\)\. use_backend\('triton'\)"
     with use_backend(name), pytest.raises(RuntimeError, match=message):
         tiles(case(torch.float32) | {"direction": "forward"})
+    given = case(torch.float32) | {"direction": "forward", "preset": "tiles"}
+    with use_backend(name), pytest.raises(RuntimeError, match="Only the Triton kernels serve"):
+        explain(linear_span_kl, **{**given, "temperature": 1.0, "reduction": "sum"})
 
 
 def test_the_reference_serves_it():
