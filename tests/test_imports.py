@@ -78,7 +78,9 @@ def test_the_kernels_know_nothing_of_models():
     assert len(files) > 20
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "sra_kernels"}
     for path in files:
-        assert {name.split(".")[0] for name in imported(path)} <= allowed, path
+        # Triton's interpreter works on numpy, so what mends it does too.
+        more = {"numpy"} if path.name == "interpreter.py" else set()
+        assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path
         text = path.read_text()
         assert "transformers" not in text, path
         assert "tokenizer" not in text.replace("cross-tokenizer", ""), path
