@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,6 +55,12 @@ def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+def cpu_call(function: str, params: ctypes.Structure) -> int:
+    """Runs sra_<function>(params); gives its status."""
+    assert cpu is not None
+    return getattr(cpu, f"sra_{function}")(ctypes.byref(params))
+
+
 def cuda_call(function: str, params: ctypes.Structure, like: Tensor, *more: int | None) -> None:
     """Launches sra_cuda_<function>(params, *more, workspace, stream) on the device of `like`.
 
@@ -73,6 +81,10 @@ def cuda_call(function: str, params: ctypes.Structure, like: Tensor, *more: int 
         raise RuntimeError(f"{function} did not start: {cuda.sra_cuda_error().decode()}.")
     if status != OK:
         raise RuntimeError(f"{function} refused its arguments with status {status}.")
+
+
+# Runs sra_<function>, or sra_cuda_<function>, on params, on the device of the tensor.
+Launch: TypeAlias = Callable[[str, ctypes.Structure, Tensor], None]
 
 
 def address(x: Tensor | None) -> int | None:

@@ -8,6 +8,7 @@ of a bucket when it first comes, once for each kind of GPU, and remembers the fa
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache  # asking the driver takes longer than a small launch
 def architecture(device: torch.device) -> str:
     """ "sm_90", "gfx942" and so on, or "interpreter"."""
     if interpreted():
@@ -71,6 +73,9 @@ def chosen(
     return _fastest(f"{kernel}/{bucket}", candidates, device, launch)
 
 
+_found: dict[tuple[str, str], Config] = {}  # the file is read once for each
+
+
 def _fastest(
     key: str,
     candidates: Sequence[Config],
@@ -80,16 +85,18 @@ def _fastest(
     from triton.testing import do_bench
 
     gpu = torch.cuda.get_device_name(device)
+    if (gpu, key) in _found:
+        return _found[gpu, key]
     remembered = _read()
     known = remembered.get(gpu, {}).get(key)
-    for config in candidates:
-        if known == asdict(config):
-            return config
-    best = min(
-        candidates, key=lambda config: do_bench(lambda: launch(config), return_mode="median")
-    )
-    remembered.setdefault(gpu, {})[key] = asdict(best)
-    _write(remembered)
+    best = next((config for config in candidates if known == asdict(config)), None)
+    if best is None:
+        best = min(
+            candidates, key=lambda config: do_bench(lambda: launch(config), return_mode="median")
+        )
+        remembered.setdefault(gpu, {})[key] = asdict(best)
+        _write(remembered)
+    _found[gpu, key] = best
     return best
 
 

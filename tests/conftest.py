@@ -12,7 +12,9 @@ from sra_kernels.testing import poisoned_empty
 # each test run, those whose names have the smallest checksums: any three, but always the same.
 VARIABLE, AT_MOST = "SRA_TEST_BACKENDS", "SRA_TEST_CASES"
 BACKENDS = os.environ.get(VARIABLE, "cpu,torch").split(",")
-ON_GPU = ("triton", "cuda")
+# Before any test file is read: some make their tensors then.
+if set(BACKENDS) <= {"triton", "cuda"} and torch.cuda.is_available():
+    torch.set_default_device("cuda")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,8 +46,7 @@ def backend(request):
     status = backends()[request.param]
     if not status.available:
         pytest.skip(status.reason)
-    on_gpu = request.param in ON_GPU and torch.cuda.is_available()
-    with use_backend(request.param), torch.device("cuda" if on_gpu else "cpu"):
+    with use_backend(request.param):
         yield request.param
 
 

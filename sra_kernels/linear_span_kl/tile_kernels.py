@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sra_kernels.span_kl.divergence_terms import NOTHING, log_ratio, tanh, term_and_slope
-from sra_kernels.span_kl.row_sweeps import LOWEST, exactly, relative, together
+from sra_kernels.span_kl.divergence_terms import NOTHING, log_ratio, term_and_slope
+from sra_kernels.span_kl.row_sweeps import LOWEST, absorb, exactly, finished, relative, together
 
 STATISTICS = tl.constexpr(4)  # of a span and slice: (top, sum) of the student, of the teacher
 TOGETHER = tl.constexpr(32)  # slices that are read at once
@@ -42,18 +42,7 @@ def _logits(
     z = z.to(ACC)
     if bias is not None:
         z += tl.load(bias + column, mask=live, other=0.0).to(ACC)[None, :]
-    if CAP:
-        z = factor * tanh(finish[1] * z)
-    else:
-        z = factor * z
-    return tl.where(live[None, :], z, REST)
-
-
-@triton.jit
-def _absorb(top, total, z):
-    """One more block in each span's largest logit and its sum of exp(logit - largest)."""
-    higher = tl.maximum(top, tl.max(z, 1))
-    return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+    return tl.where(live[None, :], finished(z, (factor, finish[1]), CAP), REST)
 
 
 @triton.jit
@@ -114,13 +103,13 @@ def tile_statistics_kernel(
             student_entries, student_dim, student_finish, row, column, live, float("-inf"),
             STUDENT_CAP, ACC, PRECISION, BLOCK_SPANS, BLOCK_ENTRIES, BLOCK_DIM,
         )  # fmt: skip
-        s_top, s_sum = _absorb(s_top, s_sum, z)
+        s_top, s_sum = absorb(s_top, s_sum, z)
         z = _logits(
             teacher, teacher_head, teacher_bias, teacher_ids, teacher_stride, teacher_head_stride,
             teacher_entries, teacher_dim, teacher_finish, row, column, live, float("-inf"),
             TEACHER_CAP, ACC, PRECISION, BLOCK_SPANS, BLOCK_ENTRIES, BLOCK_DIM,
         )  # fmt: skip
-        t_top, t_sum = _absorb(t_top, t_sum, z)
+        t_top, t_sum = absorb(t_top, t_sum, z)
     to = statistics + (row * slices + slice_) * STATISTICS
     tl.store(to, s_top, mask=within)
     tl.store(to + 1, s_sum, mask=within)

@@ -1,4 +1,4 @@
-"""span_geometry in CUDA (csrc/cuda/span_geometry.cu): fills the params struct and calls."""
+"""span_geometry in CUDA (csrc/cuda/span_geometry.cu)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from sra_kernels import check, native
-from sra_kernels.native import DTYPES, address, rows
-from sra_kernels.span_geometry.cpu import Params
+from sra_kernels.span_geometry import params
 from sra_kernels.span_geometry.portable import check_offsets
 from sra_kernels.span_kl.portable import saved_dtype
 
@@ -31,28 +30,7 @@ def span_geometry_forward(
     if check.contents(student.device):
         check_offsets(offsets, spans)
         check.weights_content(weights)
-    student, teacher = rows(student), rows(teacher)
-    weights, offsets = weights.contiguous(), offsets.contiguous()
-    loss = weights.new_empty(samples)
-    grad = student.new_empty(student.shape if need_grad else 0, dtype=saved_dtype(student.dtype))
-    params = Params(
-        student=address(student),
-        teacher=address(teacher),
-        weights=address(weights),
-        offsets=address(offsets),
-        loss=address(loss),
-        grad=address(grad) if need_grad else None,
-        spans=spans,
-        samples=samples,
-        student_dim=student.shape[1],
-        teacher_dim=teacher.shape[1],
-        student_stride=student.stride(0),
-        teacher_stride=teacher.stride(0),
-        student_dtype=DTYPES[student.dtype],
-        teacher_dtype=DTYPES[teacher.dtype],
-    )
-    native.cuda_call("span_geometry_forward", params, student)
-    return loss, grad
+    return params.forward(native.cuda_call, student, teacher, weights, offsets, need_grad)
 
 
 def plan(student: Tensor, teacher: Tensor, weights: Tensor, offsets: Tensor) -> tuple[str, int]:

@@ -5,50 +5,22 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sra_kernels import check, native
-from sra_kernels.native import address, rows
+from sra_kernels.native import address
+from sra_kernels.span_kl import calls
 from sra_kernels.span_kl.params import params_of
 from sra_kernels.span_kl.portable import STATS
 from sra_kernels.span_kl.tables import tables
 
 
-def span_kl_forward(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    temperature: float,
-    direction: str,
-    beta: float | None,
-    outside: str,
-    need_mass: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kl = student_logits.new_empty(
-        len(student_logits), dtype=check.accumulator(student_logits.dtype)
-    )
-    mass = kl.new_empty(len(kl)) if need_mass else None
-    stats = kl.new_empty(len(kl), STATS) if need_grad else None
-    compare(
-        rows(student_logits), rows(teacher_logits), student_ids, teacher_ids, temperature,
-        direction, beta, outside, kl=kl, mass=mass, stats=stats,
-    )  # fmt: skip
-    mass = kl.new_empty(0) if mass is None else mass
-    return kl, mass, kl.new_empty(0) if stats is None else stats
+def span_kl_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return calls.forward(compare, *args)
 
 
-def span_kl_backward(
-    grad_kl: Tensor, stats: Tensor, student_logits: Tensor, teacher_logits: Tensor, *constants: Any
-) -> Tensor:
-    grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    compare(
-        rows(student_logits), rows(teacher_logits), *constants, factors=grad_kl.contiguous(),
-        known=stats, grad=grad,
-    )  # fmt: skip
-    return grad
+def span_kl_backward(*args: Any) -> Tensor:
+    return calls.backward(compare, *args)
 
 
 def compare(

@@ -22,7 +22,7 @@ def exactly(pair, ACC: tl.constexpr):
 
 
 @triton.jit
-def _finished(z, finish, CAP: tl.constexpr):
+def finished(z, finish, CAP: tl.constexpr):
     """softcap(scale z) / temperature"""
     if CAP:
         u = finish[0] * tanh(finish[1] * z)
@@ -49,13 +49,13 @@ def _load(
         inside = pair >= 0
     s = tl.load(student + column, mask=live, other=0.0).to(ACC)
     t = tl.load(teacher + pair, mask=inside, other=0.0).to(ACC)
-    s = _finished(s, student_finish, STUDENT_CAP)
-    return s, _finished(t, teacher_finish, TEACHER_CAP), inside
+    s = finished(s, student_finish, STUDENT_CAP)
+    return s, finished(t, teacher_finish, TEACHER_CAP), inside
 
 
 @triton.jit
-def _absorb(top, total, x):
-    """One more tile in each lane's largest and its sum of exp(x - largest)."""
+def absorb(top, total, x):
+    """One more tile in each row's largest number and its sum of exp(x - largest)."""
     higher = tl.maximum(top, tl.max(x, 1))
     total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
     return higher, total
@@ -100,23 +100,23 @@ def statistics(
         )  # fmt: skip
         if OUTSIDE == BUCKET:
             other = tl.where(live & (inside == 0), s, float("-inf"))
-            s_rest_top, s_rest = _absorb(s_rest_top, s_rest, other)
+            s_rest_top, s_rest = absorb(s_rest_top, s_rest, other)
         s = tl.where(inside, s, float("-inf"))
         t = tl.where(inside, t, float("-inf"))
         if SLOPES:
             here = tl.max(s, 1)
             with_it = tl.max(tl.where(s == here[:, None], t, LOWEST), 1)
             mate = tl.where(here > s_top, with_it, mate)
-        s_top, s_sum = _absorb(s_top, s_sum, s)
-        t_top, t_sum = _absorb(t_top, t_sum, t)
+        s_top, s_sum = absorb(s_top, s_sum, s)
+        t_top, t_sum = absorb(t_top, t_sum, t)
     if REST:
         for start in range(rest_begin, rest_end, LANES * WIDTH):
             column = start + _columns(LANES, WIDTH)
             other = column < rest_end
             other &= tl.load(shared + column, mask=other, other=1) == 0
             t = tl.load(teacher + column, mask=other, other=0.0).to(ACC)
-            t = _finished(t, teacher_finish, TEACHER_CAP)
-            t_rest_top, t_rest = _absorb(t_rest_top, t_rest, tl.where(other, t, float("-inf")))
+            t = finished(t, teacher_finish, TEACHER_CAP)
+            t_rest_top, t_rest = absorb(t_rest_top, t_rest, tl.where(other, t, float("-inf")))
     mate = at_largest(s_top, mate, LANES)
     s_top, s_sum = together(s_top, s_sum)
     t_top, t_sum = together(t_top, t_sum)

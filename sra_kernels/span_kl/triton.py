@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sra_kernels import check
-from sra_kernels.native import rows
-from sra_kernels.span_kl import row_kernel
+from sra_kernels.span_kl import calls, row_kernel
 from sra_kernels.span_kl.divergence_terms import FORWARD, JSD, REVERSE
 from sra_kernels.span_kl.portable import STATS
 from sra_kernels.span_kl.row_kernel import span_kl_kernel
@@ -51,40 +50,12 @@ ASSUMED_PROCESSORS = 132
 SLICE = 16384  # entries
 
 
-def span_kl_forward(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    temperature: float,
-    direction: str,
-    beta: float | None,
-    outside: str,
-    need_mass: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    spans = len(student_logits)
-    kl = student_logits.new_empty(spans, dtype=check.accumulator(student_logits.dtype))
-    mass, stats = kl.new_empty(spans if need_mass else 0), kl.new_empty(0)
-    if need_grad:
-        stats = kl.new_empty(spans, STATS)
-    compare(
-        rows(student_logits), rows(teacher_logits), student_ids, teacher_ids, temperature,
-        direction, beta, outside, kl=kl, mass=mass if need_mass else None,
-        stats=stats if need_grad else None,
-    )  # fmt: skip
-    return kl, mass, stats
+def span_kl_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return calls.forward(compare, *args)
 
 
-def span_kl_backward(
-    grad_kl: Tensor, stats: Tensor, student_logits: Tensor, teacher_logits: Tensor, *constants: Any
-) -> Tensor:
-    grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    compare(
-        rows(student_logits), rows(teacher_logits), *constants, factors=grad_kl, known=stats,
-        grad=grad,
-    )  # fmt: skip
-    return grad
+def span_kl_backward(*args: Any) -> Tensor:
+    return calls.backward(compare, *args)
 
 
 def compare(

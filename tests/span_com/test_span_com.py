@@ -13,6 +13,11 @@ from sra_kernels.testing import (
     real_lengths,
 )
 
+
+def seeded(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 CASES = {
     "ones": ragged_spans([1] * 9),
     "mixed, touching": ragged_spans([1, 3, 2, 16, 1, 4, 5]),
@@ -24,7 +29,7 @@ CASES = {
     "none": ragged_spans([]),
     "one long": ragged_spans([1, 700, 2]),
     "just over a GPU's piece": ragged_spans([65] * 12, gap=1),
-    "as in real text": ragged_spans(real_lengths(200, torch.Generator().manual_seed(0))),
+    "as in real text": ragged_spans(real_lengths(200, seeded(0))),
 }
 
 
@@ -205,7 +210,7 @@ def test_7_nothing_to_learn_from(backend):
 
 @pytest.mark.cpu_only
 def test_8_same_input_same_bits_for_any_number_of_threads(backend):
-    spans = ragged_spans([*real_lengths(300, torch.Generator().manual_seed(1)), 900, 1, 5])
+    spans = ragged_spans([*real_lengths(300, seeded(1)), 900, 1, 5])
     hidden, weights = inputs(spans, dim=640, dtype=torch.float32)
     seen = []
     before = torch.get_num_threads()
