@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def library() -> Path:
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(p.stat().st_mtime for p in read):
         return LIBRARY
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    return compile_emulated(LIBRARY, KERNELS, PLAIN)
+    with tempfile.TemporaryDirectory(dir=LIBRARY.parent) as folder:  # two may build at once
+        return compile_emulated(Path(folder) / LIBRARY.name, KERNELS, PLAIN).replace(LIBRARY)
 
 
 if __name__ == "__main__":
