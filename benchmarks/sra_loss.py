@@ -18,8 +18,8 @@ from benchmarks import sra_loss_rivals as rivals
 from benchmarks.providers import differentiated, on_backend
 from benchmarks.registry import Benchmark, Job
 from benchmarks.shapes import SHAPES, SHARED, Shape, normal, seeded, shared_ids, span_counts
-from sra.head import Head
-from sra.objective import combine, recipe, span_losses
+from sra.model import Head
+from sra.objective import LayerPair, combine, recipe, span_losses
 from sra_kernels import attention_mass
 from sra_kernels.testing import real_lengths
 
@@ -159,19 +159,21 @@ def ours(x: Inputs) -> Job:
             )
             for side in (student, teacher)
         ]
+        hidden = student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1)
+        mass = masses[0].flatten(), masses[1].flatten()
         terms = span_losses(
             PAPER,
-            student_hidden=student.hidden.flatten(0, 1),
-            teacher_hidden=teacher.hidden.flatten(0, 1),
-            student_mass=masses[0].flatten(),
-            teacher_mass=masses[1].flatten(),
+            student_hidden=hidden[0],
+            teacher_hidden=hidden[1],
+            student_mass=mass[0],
+            teacher_mass=mass[1],
             student_spans=student.flat_spans,
             teacher_spans=teacher.flat_spans,
             offsets=x.offsets,
             student_head=Head(student.head),
             teacher_head=Head(teacher.head),
             vocabulary=(student.ids, teacher.ids),
-            projector=x.projector,
+            pairs=[LayerPair(*hidden, *mass, x.projector)],
         )
         return combine(PAPER, terms.logit.new_zeros(()), terms, counts)[0]
 

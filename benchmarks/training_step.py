@@ -35,12 +35,14 @@ from benchmarks.measure import verify
 from benchmarks.providers import differentiated, rival
 from benchmarks.registry import Benchmark, Job
 from sra.alignment import SpanAligner, SpanTable
-from sra.data import IGNORED, SpanCollator
+from sra.collator import SpanCollator
+from sra.data import IGNORED
 from sra.demo import BATCH, MAX_TOKENS, prune_layers
-from sra.distiller import SpanDistiller, count_items, model_states
-from sra.head import Head, head_of
-from sra.objective import combine, recipe, span_losses
+from sra.distiller import SpanDistiller, count_items
+from sra.model import Head, head_of
+from sra.objective import LayerPair, combine, recipe, span_losses
 from sra.packages import fetch_instructions, load_model, load_tokenizer
+from sra.states import model_states
 from sra.teacher_cache import TeacherCache
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import use_backend
@@ -76,19 +78,24 @@ class Inputs:
     vocabulary: SharedVocabulary
     tokenizers: tuple[Any, Any]
     tables: list[SpanTable]
-    batch: dict[str, Tensor]
+    batch: dict[str, Any]
+
+    @property
+    def teacher_batch(self) -> dict[str, Tensor]:
+        return self.batch["teachers"][0]
 
     @functools.cached_property
     def states(self) -> tuple[Tensor, Tensor]:
         """The student's last states, without their past, and its masses."""
         with torch.no_grad():
-            return model_states(self.student, self.batch["input_ids"], self.batch["attention_mask"])
+            out = model_states(self.student, self.batch["input_ids"], self.batch["attention_mask"])
+            return out.hidden[-1], out.mass[-1]
 
     @property
     def teacher_states(self) -> tuple[Tensor, Tensor]:
-        return self.cache.states(
-            self.batch["teacher_input_ids"], self.batch["teacher_attention_mask"]
-        )
+        batch = self.teacher_batch
+        out = self.cache.states(batch["input_ids"], batch["attention_mask"])
+        return out.hidden[-1], out.mass[-1]
 
 
 def inputs(case: Case) -> Inputs:
@@ -135,25 +142,26 @@ def ours(x: Inputs) -> Job:
     distiller = SpanDistiller(x.student, x.cache, paper, vocabulary=x.vocabulary)
     if x.part == STEP:
         return _step(distiller, x.batch)
-    assert distiller.projector is not None
-    projector = distiller.projector.weight
+    (projector,) = distiller.projectors.parameters()
     counts = count_items([x.batch])
 
     def loss(states: Tensor, head: Tensor) -> Tensor:
         teacher, teacher_mass = x.teacher_states
+        hidden = states.flatten(0, 1), teacher.flatten(0, 1)
+        mass = x.states[1].flatten(), teacher_mass.flatten()
         terms = span_losses(
             paper,
-            student_hidden=states.flatten(0, 1),
-            teacher_hidden=teacher.flatten(0, 1),
-            student_mass=x.states[1].flatten(),
-            teacher_mass=teacher_mass.flatten(),
-            student_spans=x.batch["student_spans"],
-            teacher_spans=x.batch["teacher_spans"],
-            offsets=x.batch["span_offsets"],
+            student_hidden=hidden[0],
+            teacher_hidden=hidden[1],
+            student_mass=mass[0],
+            teacher_mass=mass[1],
+            student_spans=x.teacher_batch["student_spans"],
+            teacher_spans=x.teacher_batch["teacher_spans"],
+            offsets=x.teacher_batch["span_offsets"],
             student_head=Head(head),
             teacher_head=head_of(x.cache),
             vocabulary=(x.vocabulary.student_ids, x.vocabulary.teacher_ids),
-            projector=projector,
+            pairs=[LayerPair(*hidden, *mass, projector)],
         )
         ce = _cross_entropy(x, states, head) * counts[0]
         return combine(paper, ce, terms, counts)[0]
@@ -177,9 +185,9 @@ def gold(x: Inputs) -> Job:
     )
     uld = trl.ULDLoss(config, *x.tokenizers)
     starts = [table.teacher_start for table in x.tables]
-    teacher_ids = x.batch["teacher_input_ids"]
+    teacher_ids = x.teacher_batch["input_ids"]
     position = torch.arange(teacher_ids.shape[1])
-    wanted = x.batch["teacher_attention_mask"].bool() & (position >= torch.tensor(starts)[:, None])
+    wanted = x.teacher_batch["attention_mask"].bool() & (position >= torch.tensor(starts)[:, None])
     with torch.no_grad():
         teacher_logits = head_of(x.cache).logits(x.teacher_states[0])
     arguments = {

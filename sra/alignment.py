@@ -9,16 +9,17 @@ sequences; offsets only grow, so that is the intersection of two sorted sets).
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 import unicodedata
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
-from typing import Any, Literal, TextIO
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
+from sra.chat import Match, Piece, Rendering
+from sra.span_table import SpanTable
 from sra.token_bytes import TokenBytes, byte_offsets, byte_tokenizer, clean_text
+
+__all__ = ["SpanAligner", "SpanTable", "shared_spans"]
 
 Granularity = Literal["token", "word", "sentence"]
 
@@ -96,146 +97,6 @@ def _boundaries(
     # The first boundary closes no span and the last one opens none: -1 is never read.
     close = np.append(-1, wide[closing] + 1)
     return at, close, np.append(wide, -1)[np.append(0, closing + 1)]
-
-
-@dataclass(frozen=True)
-class SpanTable:
-    """The spans of one text under two tokenizers.
-
-    Attributes:
-        text: the text that was aligned (the completion, for `SpanAligner.encode_pair`).
-        student_tokens, teacher_tokens: the ids of each side's whole rendering, with byte ranges
-            relative to the text's first byte (negative in a prefix).
-        student_start, teacher_start: index of the first token of the text on each side. A token
-            that straddles the text's first byte comes before it. Equal to the number of ids where
-            truncation left nothing of the text.
-        student, teacher: int64 [S, 2], half-open token ranges of each span, increasing.
-        bytes: int64 [S, 2], the UTF-8 range of `text` that both ranges of a span cover.
-        coverage: share of the text's bytes inside spans, before truncation; 1.0 for an empty text.
-    """
-
-    text: str
-    student_tokens: TokenBytes = field(repr=False)
-    teacher_tokens: TokenBytes = field(repr=False)
-    student_start: int
-    teacher_start: int
-    student: np.ndarray = field(repr=False)
-    teacher: np.ndarray = field(repr=False)
-    bytes: np.ndarray = field(repr=False)
-    coverage: float
-
-    @property
-    def student_ids(self) -> np.ndarray:
-        """int64 [Ts], the ids of the student's whole rendering."""
-        return self.student_tokens.ids
-
-    @property
-    def teacher_ids(self) -> np.ndarray:
-        """int64 [Tt], the ids of the teacher's whole rendering."""
-        return self.teacher_tokens.ids
-
-    def __len__(self) -> int:
-        return len(self.bytes)
-
-    def show(
-        self, *, width: int | None = None, color: bool | None = None, file: TextIO | None = None
-    ) -> None:
-        """Print both tokenizations side by side, one span a row.
-
-        ╎ divides tokens, · is a space, ″ a further token of a character already shown, ⟨id⟩ a
-        token without text. A row without byte range holds tokens that no span holds.
-
-        Args:
-            width: columns to fill (None: the terminal's).
-            color: mark spans that are not one token to one token, and tokens in no span (None:
-                only on a terminal).
-            file: where to print (None: standard output).
-        """
-        file = file or sys.stdout
-        color = file.isatty() if color is None else color
-        width = shutil.get_terminal_size().columns if width is None else width
-        raw = clean_text(self.text).encode()
-        margin = len(f"{len(raw)}-{len(raw)}")
-        column = max(8, (width - margin - 6) // 2)
-
-        single = (np.diff(self.student) == 1) & (np.diff(self.teacher) == 1)
-        print(
-            f"{len(self)} spans over {len(raw)} bytes, coverage {self.coverage:.1%}; "
-            f"{len(self.student_ids) - self.student_start} student and "
-            f"{len(self.teacher_ids) - self.teacher_start} teacher tokens; "
-            f"{int(single.sum())} spans are one token to one",
-            file=file,
-        )
-        print(f"{'bytes':>{margin}} │ {_pad('student', column)} │ teacher", file=file)
-        s_at, t_at = self.student_start, self.teacher_start
-        ends = ([len(self.student_ids)] * 2, [len(self.teacher_ids)] * 2)
-        for s, t, b in zip(
-            [*self.student.tolist(), ends[0]],
-            [*self.teacher.tolist(), ends[1]],
-            [*self.bytes.tolist(), None],
-            strict=True,
-        ):
-            rows = [("", range(s_at, s[0]), range(t_at, t[0]), "\033[31m")]
-            if b is not None:
-                one_to_one = s[1] - s[0] == t[1] - t[0] == 1
-                paint = "" if one_to_one else "\033[33m"
-                rows.append((f"{b[0]}-{b[1]}", range(*s), range(*t), paint))
-            for label, left, right, paint in rows:
-                cells = [
-                    _wrap(_visible(self.student_tokens, left, raw), column),
-                    _wrap(_visible(self.teacher_tokens, right, raw), column),
-                ]
-                for one, other in zip_longest(*cells, fillvalue=""):
-                    line = f"{label:>{margin}} │ {_pad(one, column)} │ {other}".rstrip()
-                    print(f"{paint}{line}\033[0m" if color and paint else line, file=file)
-                    label = ""
-            s_at, t_at = s[1], t[1]
-
-
-def _visible(tokens: TokenBytes, indices: range, raw: bytes) -> str:
-    """The tokens' texts, every character visible."""
-    pieces = []
-    shown = (-1, -1)
-    for i in indices:
-        start, end = int(tokens.starts[i]), int(tokens.ends[i])
-        if start == end:
-            pieces.append(f"⟨{tokens.ids[i]}⟩")
-        elif (start, end) == shown:
-            pieces.append("″")
-        else:
-            shown = (start, end)
-            # A suffix's tokens lie past the text, which is all that the table keeps.
-            text = raw[max(start, 0) : end].decode(errors="backslashreplace")
-            pieces.append(
-                "".join(
-                    c if c.isprintable() and c != " " else "·" if c == " " else repr(c)[1:-1]
-                    for c in text
-                )
-                or f"⟨{tokens.ids[i]}⟩"
-            )
-    return "╎".join(pieces)
-
-
-def _columns(char: str) -> int:
-    """Terminal columns that a character takes."""
-    if unicodedata.combining(char):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def _pad(text: str, width: int) -> str:
-    return text + " " * (width - sum(map(_columns, text)))
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines, used = [""] if text else [], 0
-    for char in text:
-        used += _columns(char)
-        if used > width:
-            lines.append("")
-            used = _columns(char)
-        lines[-1] += char
-    return lines
 
 
 class _WordClasses(dict):
@@ -338,45 +199,166 @@ class SpanAligner:
         Returns:
             a `SpanTable` whose spans index the full id sequences.
         """
-        text = clean_text(text)
-        length = kept = len(text.encode())
-        sides = []
-        for tokenizer, prefix, suffix, limit in (
-            (self.student, student_prefix, student_suffix, student_max_length),
-            (self.teacher, teacher_prefix, teacher_suffix, teacher_max_length),
-        ):
-            prefix = clean_text(prefix)
-            tokens = tokenizer(prefix + text + suffix, add_special_tokens=add_special_tokens)
-            first_byte = len(prefix.encode())
-            tokens = replace(
-                tokens, starts=tokens.starts - first_byte, ends=tokens.ends - first_byte
-            )
-            sides.append(tokens)
-            if limit is not None:
-                # A run of tokens with one range ends where its last token does: kept whole or not.
-                dropped = tokens.ends[limit:] > tokens.starts[limit:]
-                kept = min([kept, *tokens.starts[limit:][dropped][:1].tolist()])
-        student, teacher = sides
-        student_spans, teacher_spans, covered = shared_spans(
-            student, teacher, length=length, allowed=_ends(text, self.granularity)
+        text, before, behind = (
+            clean_text(text),
+            (clean_text(student_prefix), clean_text(teacher_prefix)),
+            (clean_text(student_suffix), clean_text(teacher_suffix)),
         )
-        whole = covered[:, 1] <= kept
+        student, teacher = (
+            Rendering(first + text + last, (Piece(text, (Match(0, len(text), len(first)),)),), ())
+            for first, last in zip(before, behind, strict=True)
+        )
+        return self._table(
+            student,
+            teacher,
+            self.student(student.text, add_special_tokens=add_special_tokens),
+            self.teacher(teacher.text, add_special_tokens=add_special_tokens),
+            student_max_length,
+            teacher_max_length,
+            after_space=False,
+        )
+
+    def align(
+        self,
+        student: Rendering,
+        teacher: Rendering,
+        *,
+        student_tokens: TokenBytes | None = None,
+        student_max_length: int | None = None,
+        teacher_max_length: int | None = None,
+    ) -> SpanTable:
+        """Align all pieces of a row that each side has rendered for itself (`sra.chat.render`).
+
+        Spans lie inside what both renderings hold of a piece, letter for letter. Where a template
+        writes a space in front of a piece, a token may hold it with the piece's first letters; that
+        token counts as beginning with the piece.
+
+        Args:
+            student, teacher: renderings of one row.
+            student_tokens: the student's rendering, if it is tokenised already.
+            student_max_length, teacher_max_length: as for `encode_pair`.
+
+        Returns:
+            a `SpanTable` whose `text` is all pieces, one behind the other.
+        """
+        if student_tokens is None:
+            student_tokens = self.student(student.text)
+        return self._table(
+            student,
+            teacher,
+            student_tokens,
+            self.teacher(teacher.text),
+            student_max_length,
+            teacher_max_length,
+            after_space=True,
+        )
+
+    def _table(
+        self,
+        student: Rendering,
+        teacher: Rendering,
+        student_tokens: TokenBytes,
+        teacher_tokens: TokenBytes,
+        student_max_length: int | None,
+        teacher_max_length: int | None,
+        *,
+        after_space: bool,
+    ) -> SpanTable:
+        """`after_space`: whether a token may begin with spaces in front of a piece."""
+        text = "".join(piece.text for piece in student.pieces)
+        sides = (student, student_tokens), (teacher, teacher_tokens)
+        at = [byte_offsets(side.text) for side, _ in sides]
+        positions = byte_offsets(text)
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for start, end, *places in _common(student, teacher):
+            first, length = positions[start], positions[end] - positions[start]
+            local, offsets = [], []
+            for (side, tokens), bytes_at, place in zip(sides, at, places, strict=True):
+                begin = int(bytes_at[place])
+                part, offset = _part(tokens, begin, begin + int(length))
+                if after_space:
+                    spaces = place - len(side.text[:place].rstrip(" "))
+                    part = _after_space(part, begin, spaces)
+                local.append(replace(part, starts=part.starts - begin, ends=part.ends - begin))
+                offsets.append(offset)
+            spans = shared_spans(
+                *local, length=int(length), allowed=_ends(text[start:end], self.granularity)
+            )
+            found.append((spans[0] + offsets[0], spans[1] + offsets[1], spans[2] + first))
+        empty = np.zeros((0, 2), np.int64)
+        student_spans, teacher_spans, covered = (
+            np.concatenate([empty, *columns])
+            for columns in (zip(*found, strict=True) if found else ((), (), ()))
+        )
+        length = int(positions[-1])
+        limits = [
+            len(tokens) if limit is None else limit
+            for tokens, limit in (
+                (student_tokens, student_max_length),
+                (teacher_tokens, teacher_max_length),
+            )
+        ]
+        whole = (student_spans[:, 1] <= limits[0]) & (teacher_spans[:, 1] <= limits[1])
+        shown = [_extent(side, bytes_at) for (side, _), bytes_at in zip(sides, at, strict=True)]
+        moved = [
+            replace(tokens, starts=tokens.starts - first, ends=tokens.ends - first)
+            for (_, tokens), (first, _) in zip(sides, shown, strict=True)
+        ]
         return SpanTable(
             text,
-            student[:student_max_length],
-            teacher[:teacher_max_length],
-            _first_token(student, student_max_length),
-            _first_token(teacher, teacher_max_length),
+            moved[0][: limits[0]],
+            moved[1][: limits[1]],
+            _first_token(moved[0], limits[0]),
+            _first_token(moved[1], limits[1]),
             student_spans[whole],
             teacher_spans[whole],
             covered[whole],
             coverage=float(np.diff(covered).sum() / length) if length else 1.0,
+            student_text=shown[0][1],
+            teacher_text=shown[1][1],
         )
 
 
-def _first_token(tokens: TokenBytes, limit: int | None) -> int:
+def _common(student: Rendering, teacher: Rendering) -> list[tuple[int, int, int, int]]:
+    """What both sides hold of each piece: ``(start, end)`` in all pieces one behind the other, and
+    where it begins in each rendering; in characters."""
+    out, first = [], 0
+    for one, other in zip(student.pieces, teacher.pieces, strict=True):
+        for a in one.matches:
+            for b in other.matches:
+                start, end = max(a.start, b.start), min(a.end, b.end)
+                if start < end:
+                    places = (a.at + start - a.start, b.at + start - b.start)
+                    out.append((first + start, first + end, *places))
+        first += len(one.text)
+    return out
+
+
+def _part(tokens: TokenBytes, start: int, end: int) -> tuple[TokenBytes, int]:
+    """The tokens that hold any of these bytes, and the index of the first of them."""
+    low = int(np.searchsorted(tokens.ends, start, "right"))
+    high = max(low, int(np.searchsorted(tokens.starts, end, "left")))
+    return tokens[low:high], low
+
+
+def _after_space(tokens: TokenBytes, start: int, spaces: int) -> TokenBytes:
+    """The tokens, of which one that begins in the `spaces` before byte `start` begins there."""
+    early = (tokens.starts < start) & (tokens.starts >= start - spaces)
+    return replace(tokens, starts=np.where(early, start, tokens.starts)) if early.any() else tokens
+
+
+def _extent(side: Rendering, at: np.ndarray) -> tuple[int, str]:
+    """The first byte that a rendering holds of any piece, and its text from there to the last."""
+    matches = [match for piece in side.pieces for match in piece.matches]
+    if not matches:
+        return int(at[-1]), ""
+    first = min(match.at for match in matches)
+    return int(at[first]), side.text[first : max(match.stop for match in matches)]
+
+
+def _first_token(tokens: TokenBytes, limit: int) -> int:
     """Index of the first token at or after byte 0 that is no added control token, up to `limit`."""
     width = tokens.ends - tokens.starts
     before = (tokens.starts < 0) | ((width == 0) & tokens.special & (tokens.ends == 0))
     index = len(tokens) if before.all() else int(before.argmin())
-    return index if limit is None else min(index, limit)
+    return min(index, limit)

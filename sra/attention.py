@@ -16,15 +16,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
+from sra.model import causal_lm, trunk_of
 from sra_kernels import attention_mass
 
 IMPLEMENTATION = "sra_attention_mass"
 # Arguments that models hand to their attention function and that change the weights in ways that
-# one softmax over queries and keys does not show (attention sinks, relative position biases).
-UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+# one softmax over queries and keys does not show: biases, sinks of each row, keys that are chosen.
+UNSUPPORTED = ("position_bias", "head_mask", "sinks", "indices", "block_indices")
 
 
 class AttentionMass:
@@ -33,11 +36,12 @@ class AttentionMass:
     def __init__(self, attend: Callable[..., Any]) -> None:
         self.attend = attend
         self.padding_mask: Tensor | None = None
+        self.position_ids: Tensor | None = None
         self._mass: Tensor | None = None
 
     @property
     def mass(self) -> Tensor:
-        """``[B, T]`` float32, detached: sums to 1 over each sample's tokens, 0 at padding.
+        """``[B, T]`` float32, detached: sums to 1 over each sequence's tokens, 0 at padding.
 
         Raises:
             RuntimeError: the model has not run since the recording began.
@@ -60,7 +64,7 @@ class AttentionMass:
         for name in UNSUPPORTED:
             if options.get(name) is not None:
                 raise NotImplementedError(
-                    f"The attention layer uses {name!r}, which the attention mass does not "
+                    f"{type(module).__name__} uses {name!r}, which the attention mass does not "
                     "account for. Choose a layer without it, or another model."
                 )
         batch, _, tokens, _ = query.shape
@@ -79,23 +83,98 @@ class AttentionMass:
                 )
             visible = visible.bool()
             last = last - visible.flip(1).int().argmax(1)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-            # The mask of this very layer knows of windows, chunks and packing too. Heads share it.
-            rows = torch.arange(batch, device=query.device) % attention_mask.shape[0]
-            seen = attention_mask[rows, 0, last, :tokens]
-            if seen.dtype != torch.bool:  # additive: 0 where a key is seen
-                seen = seen > torch.finfo(seen.dtype).min / 2
+        elif (starts := _sequence_starts(self.position_ids)) is not None:
+            # Sequences one behind the other: each is a batch of its own, by views.
+            masses = []
+            for start, end in zip(starts, [*starts[1:], tokens], strict=True):
+                part = slice(start, end)
+                own = torch.full_like(last, end - 1 - start)
+                seen = _visible(attention_mask, own + start, part)
+                views = query[:, :, part], key[:, :, part]
+                masses.append(self._row(module, *views, own, seen, options))
+            self._mass = torch.cat(masses, dim=1)
+            return
+        seen = _visible(attention_mask, last, slice(0, tokens))
+        if seen is not None:
             visible = seen if visible is None else seen & visible
+        self._mass = self._row(module, query, key, last, visible, options)
+
+    @staticmethod
+    def _row(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        last: Tensor,
+        visible: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> Tensor:
         scale = options.get("scaling")
-        self._mass = attention_mass(
-            query,
-            key,
-            query_index=last,
-            scale=_default_scale(module, query) if scale is None else scale,
-            key_mask=visible,
-            softcap=options.get("softcap"),
-            window=options.get("sliding_window"),
-        )
+        scale = _default_scale(module, query) if scale is None else scale
+        softcap, window = options.get("softcap"), options.get("sliding_window")
+        sinks = options.get("s_aux")
+        if sinks is None:
+            return attention_mass(
+                query,
+                key,
+                query_index=last,
+                scale=scale,
+                key_mask=visible,
+                softcap=softcap,
+                window=window,
+            )
+        if softcap is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} has both attention sinks and a softcap, which the "
+                "attention mass does not account for together. Choose another model."
+            )
+        query, key = _with_sinks(query, key, sinks / scale)
+        index = torch.arange(key.shape[2] - 1, device=key.device)
+        seen = index <= last[:, None]
+        if window is not None:
+            seen &= index > last[:, None] - window
+        if visible is not None:
+            seen &= visible
+        mass = attention_mass(
+            query, key, query_index=last + 1, scale=scale, key_mask=F.pad(seen, (1, 0), value=True)
+        )[:, 1:]
+        return mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def _with_sinks(query: Tensor, key: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """One more key before all others, to which query head h gives `score[h]`.
+
+    The heads of a group share their keys and not their sinks, so the score stands in the queries:
+    in a column that is 0 in every other key. Eight columns, since kernels like multiples of it.
+    """
+    query, key = F.pad(query.detach(), (0, 8, 1, 0)), F.pad(key.detach(), (0, 8, 1, 0))
+    query[..., -1] = score.detach().to(query.dtype)[:, None]
+    key[:, :, 0, -1] = 1
+    return query, key
+
+
+def _visible(mask: Any, last: Tensor, keys: slice) -> Tensor | None:
+    """``[B, keys]``: what the row `last` of each sample sees by the mask that the layer is given,
+    which knows of windows, chunks and packing too. Heads share it. None where it has no rows."""
+    if isinstance(mask, BlockMask):  # of flex_attention: a function of indices
+        rows = torch.arange(len(last), device=last.device)[:, None]
+        index = torch.arange(keys.start, keys.stop, device=last.device)[None]
+        seen = mask.mask_mod(rows, torch.zeros_like(rows), last[:, None], index)
+        return seen.expand(len(last), index.shape[1])
+    if not (isinstance(mask, Tensor) and mask.ndim == 4):
+        return None
+    rows = torch.arange(len(last), device=last.device) % mask.shape[0]
+    seen = mask[rows, 0, last, keys]
+    if seen.dtype == torch.bool:
+        return seen
+    return seen > torch.finfo(seen.dtype).min / 2  # additive: 0 where a key is seen
+
+
+def _sequence_starts(position_ids: Tensor | None) -> list[int] | None:
+    """First rows of the sequences in ``position_ids [1, N]``; None unless there are several."""
+    if position_ids is None or len(position_ids) > 1:
+        return None
+    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+    return starts if len(starts) > 1 else None
 
 
 @contextmanager
@@ -103,20 +182,23 @@ def record_attention_mass(model: Any, layer: int = -1) -> Iterator[AttentionMass
     """Record one layer's attention mass in every forward pass made inside the ``with`` block.
 
     Args:
-        model: a transformers model, with or without its language-model head, called with a
-            two-dimensional ``attention_mask`` (padding on either side) or none. Only the chosen
-            layer is touched, and it is put back on leaving, exceptions included.
+        model: a transformers model, with or without its language-model head, compiled or inside
+            PEFT, called with a two-dimensional ``attention_mask`` (padding on either side), or none
+            and ``position_ids [1, N]`` that start from 0 in each of several sequences without
+            padding. Only the chosen layer is touched, and it is put back on leaving, exceptions
+            included.
         layer: which of the model's self-attention layers; negative counts from the last.
 
     Yields:
         an :class:`AttentionMass`; its ``mass`` is ``[B, T]`` float32, without gradient: the
-        attention that the sample's last real token pays to each token in that layer, summed over
-        heads, sum 1. Attention dropout is left out. The model's own outputs are what they were.
+        attention that the sequence's last real token pays to each of its tokens in that layer,
+        summed over heads, sum 1. Attention dropout is left out. The model's own outputs are what
+        they were.
 
     Raises:
         TypeError: the model's layers do not call transformers' ``AttentionInterface``.
         IndexError: no such layer.
-        NotImplementedError: the layer uses attention sinks, a position bias or a head mask.
+        NotImplementedError: the layer uses a position bias, a head mask or chosen keys.
 
     >>> with record_attention_mass(model) as record:
     ...     hidden = model.base_model(input_ids, attention_mask=mask).last_hidden_state
@@ -124,11 +206,15 @@ def record_attention_mass(model: Any, layer: int = -1) -> Iterator[AttentionMass
     """
     module = _attention_layer(model, layer)
     record = AttentionMass(_attention_function(module))
-    trunk = model.base_model
+    trunk = trunk_of(model)
     signature = inspect.signature(trunk.forward)
 
     def keep_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.padding_mask = signature.bind(*args, **kwargs).arguments.get("attention_mask")
+        given = signature.bind(*args, **kwargs).arguments
+        # Arguments that a trunk takes as **kwargs are bound under that name.
+        given = {**given, **given.get("kwargs", {})}
+        record.padding_mask = given.get("attention_mask")
+        record.position_ids = given.get("position_ids")
 
     # The layer alone gets a configuration of its own; the model still makes the masks of the
     # implementation that it was set to.
@@ -176,25 +262,42 @@ def _forward_function(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
 
-def _attention_layer(model: Any, layer: int) -> Any:
+def _attention_layers(model: Any) -> list[Any]:
     layers = [
         module
-        for module in model.base_model.modules()
+        for module in trunk_of(model).modules()
         if "ALL_ATTENTION_FUNCTIONS" in _forward_function(module).__code__.co_names
         and hasattr(module, "layer_idx")
         and not getattr(module, "is_cross_attention", False)
     ]
     if not layers:
         raise TypeError(
-            f"{type(model).__name__} has no decoder layer that calls transformers' "
+            f"{type(causal_lm(model)).__name__} has no decoder layer that calls transformers' "
             "AttentionInterface, so its queries and keys cannot be read. Use a model class that "
             "does (Llama, Qwen2, Gemma, Mistral, GPT-2, ...)."
         )
+    return layers
+
+
+def _attention_layer(model: Any, layer: int) -> Any:
+    layers = _attention_layers(model)
     if not -len(layers) <= layer < len(layers):
         raise IndexError(
-            f"{type(model).__name__} has {len(layers)} self-attention layers; there is no {layer}."
+            f"{type(causal_lm(model)).__name__} has {len(layers)} self-attention layers; there is "
+            f"no {layer}."
         )
     return layers[layer]
+
+
+def attention_of(model: Any, layer: int) -> int:
+    """Which self-attention layer to record for decoder layer `layer`, counted from 0: its own, or,
+    where it has none (linear attention, state spaces), the nearest before it, else the first.
+
+    Raises:
+        TypeError: see `record_attention_mass`.
+    """
+    before = [i for i, one in enumerate(_attention_layers(model)) if one.layer_idx <= layer]
+    return before[-1] if before else 0
 
 
 def _attention_function(module: Any) -> Callable[..., Any]:

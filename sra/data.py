@@ -1,186 +1,280 @@
-"""Rows of `prompt` and `completion`, read from a file and made into batches of both models."""
+"""Rows: what a row must hold, and how files and datasets of them are read."""
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
-from sra.alignment import SpanAligner, SpanTable
-from sra.chat import render_prompt
 from sra.token_bytes import clean_text
 
 IGNORED = -100
 
+KINDS = (
+    '{"prompt": ..., "completion": ...}, {"messages": [{"role": ..., "content": ...}, ...]} or '
+    '{"text": ...}'
+)
+_KEYS = {
+    "messages": ("messages", "tools", "teacher"),
+    "completion": ("prompt", "completion", "teacher"),
+    "text": ("text", "teacher"),
+}
+# What other data sets call these keys.
+_OTHER_NAMES = {
+    "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+    "completion": ("response", "output", "answer", "target", "chosen", "reply", "label"),
+    "prompt": ("instruction", "question", "query", "input", "source", "context"),
+    "text": ("content", "document", "body", "raw_content", "passage"),
+}
+_ANSWERING = ("gpt", "model", "bot", "ai", "chatbot")
+
 
 def check_row(row: Any, where: str) -> None:
-    """Raise unless `row` has a prompt and a completion with text in it."""
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{where}: expected an object with a prompt and a completion, got {row!r:.80}."
-        )
-    for key in ("prompt", "completion"):
-        if key not in row:
-            raise ValueError(
-                f"{where}: there is no {key!r}, only {', '.join(map(str, row)) or 'nothing'}. Each "
-                'row needs {"prompt": ..., "completion": ...}.'
-            )
-        if not isinstance(row[key], str):
-            raise ValueError(
-                f"{where}: {key!r} is a {type(row[key]).__name__}; it must be a string."
-            )
-    if not row["completion"].strip():
-        raise ValueError(
-            f"{where}: the completion is empty, so there is nothing to learn. Remove the row."
-        )
-
-
-def load_rows(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a JSONL file, one ``{"prompt": str, "completion": str}`` a line.
-
-    What is no text (bytes that are not UTF-8, lone surrogates) becomes U+FFFD.
+    """Raise unless `row` is a prompt and a completion, messages, or a text, with words to learn.
 
     Raises:
-        FileNotFoundError, ValueError: with the file and the line.
+        ValueError: with `where`, and what to change.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file. Pass a JSONL file of prompts and completions."
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object, one of {KINDS}, got {row!r:.80}.")
+    teacher = row.get("teacher")
+    if teacher is not None and not isinstance(teacher, str) and not _strings(teacher):
+        raise ValueError(
+            f"{where}: 'teacher' is {teacher!r:.80}; it must be a teacher's name or a list of them."
         )
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from None
-            check_row(row, where)
-            rows.append({key: clean_text(row[key]) for key in ("prompt", "completion")})
+    if row.get("messages") is not None:
+        _check_messages(row["messages"], where)
+        _check_tools(row.get("tools"), where)
+    elif row.get("text") is not None and row.get("completion") is None:
+        _check_string(row, "text", where)
+    else:
+        for key in ("prompt", "completion"):
+            if key not in row:
+                raise ValueError(f"{where}: {_missing(row, key)} Each row needs {KINDS}.")
+            _check_string(row, key, where)
+
+
+def _check_string(row: Mapping[str, Any], key: str, where: str) -> None:
+    value = row[key]
+    if not isinstance(value, str):
+        turns = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+        raise ValueError(
+            f"{where}: {key!r} is a {type(value).__name__}; it must be a string."
+            + (' Put a conversation into one list: {"messages": prompt + completion}.' * turns)
+        )
+    if key != "prompt" and not value.strip():
+        raise ValueError(
+            f"{where}: the {key} is empty, so there is nothing to learn. Remove the row."
+        )
+
+
+def _missing(row: Mapping[str, Any], key: str) -> str:
+    """Says which key a row lacks, and which of its keys is probably meant for it."""
+    only = ", ".join(map(str, row)) or "nothing"
+    names = [str(name) for name in row if name not in ("prompt", "completion", "teacher")]
+    near = {
+        wanted: [name for name in names if name.lower() in (wanted, *others)]
+        or difflib.get_close_matches(wanted, names, 1, 0.8)
+        for wanted, others in _OTHER_NAMES.items()
+    }
+    # A row that holds a prompt, or something that looks like one, is no lone text.
+    kinds = [key] if "prompt" in row or "completion" in row else ["messages", "completion", "text"]
+    wanted = next((kind for kind in kinds if near[kind]), key)
+    hints = [f"Rename {name!r} to {wanted!r}." for name in near[wanted][:1]]
+    if wanted == "completion" and "prompt" not in row:
+        hints = [f"Rename {name!r} to 'prompt'." for name in near["prompt"][:1]] + hints
+    return " ".join([f"there is no {wanted!r}, only {only}.", *hints])
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(
+            f"{where}: 'messages' is {messages!r:.80}; it must be a list of at least one "
+            '{"role": ..., "content": ...}.'
+        )
+    learnt = False
+    for number, message in enumerate(messages):
+        place = f"{where}: message {number}"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{place} is {message!r:.80}; it must be an object.")
+        if not isinstance(message.get("role"), str):
+            hint = ' Write {"role": ..., "content": ...} for {"from": ..., "value": ...}.'
+            raise ValueError(
+                f"{place} has no 'role', only {', '.join(map(str, message)) or 'nothing'}."
+                + hint * ("from" in message)
+            )
+        content, calls = message.get("content"), message.get("tool_calls") or []
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise ValueError(f"{place}: 'tool_calls' is {calls!r:.80}; it must be a list.")
+        if not isinstance(content, str) and not (content is None and calls):
+            parts = " Join the texts of its parts." * isinstance(content, list)
+            raise ValueError(
+                f"{place} ({message['role']}): 'content' is {content!r:.40}; it must be a string."
+                + parts
+            )
+        learnt |= message["role"] == "assistant" and bool(calls or (content or "").strip())
+    if not learnt:
+        roles = [message["role"] for message in messages]
+        other = next((role for role in roles if role.lower() in _ANSWERING), None)
+        hint = f"Rename the role {other!r} to 'assistant'." if other else "Remove the row."
+        raise ValueError(
+            f"{where}: no message of the assistant has content (roles: {', '.join(roles)}), so "
+            f"there is nothing to learn. {hint}"
+        )
+
+
+def _check_tools(tools: Any, where: str) -> None:
+    try:
+        value = json.loads(tools) if isinstance(tools, str) else tools
+    except json.JSONDecodeError:
+        value = tools
+    if value is not None and (not isinstance(value, Sequence) or isinstance(value, str)):
+        raise ValueError(
+            f"{where}: 'tools' is {tools!r:.80}; it must be a list of JSON schemas, or that list "
+            "as a JSON string."
+        )
+
+
+def snippet(row: Mapping[str, Any]) -> str:
+    """The first 60 characters of a row, to tell it from others."""
+    if row.get("messages") is not None:
+        texts = (message.get("content") for message in row["messages"])
+        return next((text for text in texts if text), "")[:60]
+    return (row["text"] if row.get("completion") is None else row["prompt"])[:60]
+
+
+def load_rows(source: Any) -> Sequence[Mapping[str, Any]]:
+    """Rows of a JSONL file, one a line; of a folder that `datasets` saved; or of a dataset.
+
+    A line is ``{"prompt": str, "completion": str}``, ``{"messages": [{"role": str, "content": str},
+    ...], "tools": [...]}`` or ``{"text": str}``, and may hold a ``"teacher"`` (see
+    `SpanCollator`). What is no text (bytes that are not UTF-8, lone surrogates) becomes U+FFFD. A
+    dataset comes back as it is, each of its rows checked.
+
+    Args:
+        source: a path, or a sequence of rows, e.g. a `datasets.Dataset`.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file and the line, or the row.
+        ImportError: a saved dataset, without the package `datasets`.
+    """
+    if not isinstance(source, (str, Path)):
+        return _checked_dataset(source, "The dataset")
+    path = Path(source)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if importlib.util.find_spec("datasets") is None:
+            raise ImportError(f"{path} is a saved dataset. To read it: pip install datasets")
+        from datasets import load_from_disk
+
+        return _checked_dataset(load_from_disk(str(path)), str(path))
+    rows = [_kept(row, where) for where, row in _parsed(path)]
     if not rows:
         raise ValueError(f"{path} holds no rows. Write one JSON object a line.")
     return rows
 
 
-class SpanCollator:
-    """Makes batches for `SpanDistiller` out of rows: both tokenizations, labels and spans.
+def _checked_dataset(dataset: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    if isinstance(dataset, Mapping):
+        splits = [f"[{split!r}]" for split in dataset]
+        raise ValueError(f"{name} holds several splits. Pass one of them: {', '.join(splits)}.")
+    for number, row in enumerate(dataset):
+        check_row(row, f"Row {number}" if name == "The dataset" else f"{name}, row {number}")
+    if not len(dataset):
+        raise ValueError(f"{name} holds no rows.")
+    return dataset
 
-    Each side writes the prompt with its own chat template, then the same completion, then its own
-    end-of-sequence token. Spans lie in the completion only. Padding is on the right.
+
+class RowStream(IterableDataset):
+    """Rows of a JSONL file, read when they are asked for; see `stream_rows`."""
+
+    def __init__(self, path: str | Path, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}.")
+        self.path, self.rank, self.world_size = Path(path), rank, world_size
+        next(iter(self._own(0, 1, whole=False)))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        index, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        return self._own(index, count, whole=True)
+
+    def _own(self, worker: int, workers: int, *, whole: bool) -> Iterator[dict[str, Any]]:
+        """`whole`: leave out the last rows that are too few for all ranks."""
+        group: list[tuple[str, str]] = []
+        number = 0
+        for number, line in enumerate(_lines(self.path), start=1):
+            group.append(line)
+            if len(group) < self.world_size and whole:
+                continue
+            if (number - 1) // self.world_size % workers == worker:
+                where, text = group[self.rank if whole else 0]
+                yield _kept(_parse(where, text), where)
+            group = []
+        if number == 0:
+            raise ValueError(f"{self.path} holds no rows. Write one JSON object a line.")
+
+
+def stream_rows(path: str | Path, *, rank: int = 0, world_size: int = 1) -> RowStream:
+    """The rows of a JSONL file (as `load_rows` reads them) without holding the file in memory.
+
+    An `IterableDataset` for a `DataLoader`; data workers share the rows out among themselves. It
+    keeps the file's order, so shuffle the file. The first row is checked at once, the others when
+    they are reached.
 
     Args:
-        aligner: finds the spans; it holds both tokenizers.
-        max_length: tokens kept of each side, from the left. Truncation never shifts a span.
-        chat_template: False writes the prompt and a line break instead.
-
-    A batch holds ``input_ids``, ``attention_mask``, ``labels`` ``[B, Ts]`` (labels of the
-    completion and its end; -100 elsewhere), ``teacher_input_ids``, ``teacher_attention_mask``
-    ``[B, Tt]``, ``student_spans`` and ``teacher_spans`` ``[S, 2]`` (half-open row ranges into the
-    flattened ``[B * Ts]`` and ``[B * Tt]`` rows), ``span_offsets`` ``[B + 1]`` and ``coverage``
-    ``[B]`` (share of the completion's bytes that lie in spans).
-    """
-
-    def __init__(
-        self, aligner: SpanAligner, *, max_length: int = 512, chat_template: bool = True
-    ) -> None:
-        self.aligner = aligner
-        self.max_length = max_length
-        self.chat_template = chat_template
-
-    def table(self, row: Mapping[str, str]) -> SpanTable:
-        """One row, aligned."""
-        student, teacher = self.aligner.student_tokenizer, self.aligner.teacher_tokenizer
-        return self.aligner.encode_pair(
-            render_prompt(student, row["prompt"], chat_template=self.chat_template),
-            render_prompt(teacher, row["prompt"], chat_template=self.chat_template),
-            row["completion"],
-            student_suffix=student.eos_token or "",
-            teacher_suffix=teacher.eos_token or "",
-            student_max_length=self.max_length,
-            teacher_max_length=self.max_length,
-        )
-
-    def checked(self, row: Any, where: str) -> SpanTable:
-        """One row, aligned; raises with `where` if there is nothing in it to learn from."""
-        check_row(row, where)
-        table = self.table(row)
-        if max(table.student_start, 1) >= len(table.student_ids):
-            raise ValueError(
-                f"{where} (prompt {row['prompt']!r:.60}) has no completion token within "
-                f"max_length = {self.max_length}. Raise max_length or drop the row."
-            )
-        return table
-
-    def __call__(self, rows: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-        tables = [self.checked(row, f"Row {i} of the batch") for i, row in enumerate(rows)]
-        student = [table.student_ids for table in tables]
-        teacher = [table.teacher_ids for table in tables]
-        labels = [
-            np.where(np.arange(len(t.student_ids)) < t.student_start, IGNORED, t.student_ids)
-            for t in tables
-        ]
-        width, teacher_width = max(map(len, student)), max(map(len, teacher))
-        pad = _padding(self.aligner.student_tokenizer)
-        teacher_pad = _padding(self.aligner.teacher_tokenizer)
-        counts = [len(table) for table in tables]
-        return {
-            "input_ids": _padded(student, width, pad),
-            "attention_mask": _padded([np.ones_like(ids) for ids in student], width, 0),
-            "labels": _padded(labels, width, IGNORED),
-            "teacher_input_ids": _padded(teacher, teacher_width, teacher_pad),
-            "teacher_attention_mask": _padded([np.ones_like(i) for i in teacher], teacher_width, 0),
-            "student_spans": _flattened([table.student for table in tables], width),
-            "teacher_spans": _flattened([table.teacher for table in tables], teacher_width),
-            "span_offsets": torch.from_numpy(np.cumsum([0, *counts])),
-            "coverage": torch.tensor([table.coverage for table in tables]),
-        }
-
-
-def check_coverage(
-    rows: Iterable[Mapping[str, str]], collator: SpanCollator, minimum: float
-) -> float:
-    """The share of the completions' bytes inside spans.
+        path: a JSONL file.
+        rank, world_size: of this process, in a loop of your own with several: each reads every
+            `world_size`-th row, all of them equally many. Leave them out under Accelerate and
+            `transformers.Trainer`, which share out the batches themselves.
 
     Raises:
-        ValueError: it is under `minimum`, or a row holds nothing to learn from.
+        FileNotFoundError, ValueError: with the file and the line.
     """
-    covered, total = 0.0, 0
-    worst: tuple[float, int, str] = (2.0, 0, "")
-    for number, row in enumerate(rows):
-        table = collator.checked(row, f"Row {number}")
-        size = len(row["completion"].encode(errors="replace"))
-        covered, total = covered + table.coverage * size, total + size
-        worst = min(worst, (table.coverage, number, row["completion"][:60]))
-    coverage = covered / max(total, 1)
-    if coverage < minimum:
-        share, number, snippet = worst
-        raise ValueError(
-            f"Alignment covers {coverage:.1%} of the completions' bytes (minimum {minimum:.0%}). "
-            f"Worst is row {number} with {share:.1%}: {snippet!r}. Look at it with `sra align`, "
-            "choose another pair, or lower min_coverage."
+    return RowStream(path, rank, world_size)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line with something on it stands, and the line."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file. Pass a JSONL file of rows, each one of {KINDS}."
         )
-    return coverage
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", line
 
 
-def _padding(tokenizer: Any) -> int:
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+def _parse(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from None
 
 
-def _padded(rows: list[np.ndarray], width: int, value: int) -> Tensor:
-    out = np.full((len(rows), width), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out)
+def _parsed(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((where, _parse(where, line)) for where, line in _lines(path))
 
 
-def _flattened(spans: list[np.ndarray], width: int) -> Tensor:
-    shifted = [rows + i * width for i, rows in enumerate(spans)]
-    return torch.from_numpy(np.concatenate(shifted).reshape(-1, 2))
+def _kept(row: Any, where: str) -> dict[str, Any]:
+    """The keys that this kind of row has, checked, and clean."""
+    check_row(row, where)
+    kind = next(kind for kind in _KEYS if row.get(kind) is not None)
+    return {key: _clean(row[key]) for key in _KEYS[kind] if row.get(key) is not None}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, Mapping):
+        return {name: _clean(x) for name, x in value.items()}
+    return [_clean(x) for x in value] if isinstance(value, list) else value
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)

@@ -7,7 +7,6 @@ data, once in many passes over little.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import random
@@ -25,13 +24,15 @@ from transformers.utils import logging
 
 from sra.alignment import SpanAligner
 from sra.chat import render_prompt
-from sra.data import SpanCollator
+from sra.collator import SpanCollator
+from sra.config import SRAConfig
 from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
 from sra.packages import fetch_instructions, load_model, load_tokenizer
 from sra.precision import faster_dtype
+from sra.progress import peak_gib, reset_peak
 from sra.teacher_cache import TeacherCache
-from sra.trainer import SRAConfig, SRATrainer
+from sra.trainer import SRATrainer
 
 MAX_TOKENS = 160  # rows are chosen to fit, so that a step takes seconds on two cores
 HELD_OUT = 40
@@ -168,7 +169,8 @@ def remember(cache: TeacherCache, collator: SpanCollator, rows: list[Row]) -> fl
     began = time.perf_counter()
     for start in tqdm(starts, desc="the teacher reads", leave=False):
         batch = collator(rows[start : start + BATCH])
-        cache.states(batch["teacher_input_ids"], batch["teacher_attention_mask"])
+        teacher = batch["teachers"][0]
+        cache.states(teacher["input_ids"], teacher["attention_mask"])
     return (time.perf_counter() - began) / len(starts)
 
 
@@ -247,7 +249,7 @@ def teacher_shared_mass(trainer: SRATrainer, rows: list[Row]) -> float | None:
     if not run.objective.needs_teacher:
         return None
     objective = replace(run.objective, outside="weight", cosine=0.0, gamma=0.0)
-    probe = SpanDistiller(run.student, run.teacher, objective, vocabulary=run.vocabulary)
+    probe = SpanDistiller(run.student, run.teachers, objective, vocabulary=run.vocabularies)
     return float(probe(**trainer.data_collator(rows)).shared_mass)
 
 
@@ -265,21 +267,6 @@ class StepClock(TrainerCallback):
 
     def median(self) -> float:
         return statistics.median(self.seconds)
-
-
-def reset_peak() -> None:
-    """Start the kernel's high-water mark of this process anew, where it can be (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib() -> float | None:
-    """Largest resident memory since `reset_peak`; None where the kernel does not tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
-    return None
 
 
 def markdown(results: list[Result]) -> str:

@@ -1,22 +1,27 @@
-"""The student with its teacher as one module whose forward returns the loss."""
+"""The student with its teachers as one module whose forward returns the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from sra.attention import record_attention_mass
 from sra.data import IGNORED
-from sra.head import Head, head_of
-from sra.objective import RECIPES, Objective, SpanLosses, combine, span_losses
+from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, trunk_of
+from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
+from sra.states import States, model_states
+from sra.tied import with_tied, without_tied
 from sra.vocabulary import SharedVocabulary
+
+SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets")
 
 
 @dataclass
@@ -25,7 +30,10 @@ class DistillerOutput(ModelOutput):
 
     shared_mass: the teacher's probability of the shared vocabulary, mean over spans; None for
         outside="renormalise", which does not compute it.
-    coverage: share of the completions' bytes inside spans.
+    coverage: share of the trained text's bytes inside spans.
+    agreement: share of a sample of spans at whose ends student and teacher have the same most
+        likely entry of the shared vocabulary; None unless `SpanDistiller.agreement_spans` is set.
+    bits_per_byte: of the student on the labels of this batch, before the step.
     """
 
     loss: Tensor | None = None
@@ -35,48 +43,49 @@ class DistillerOutput(ModelOutput):
     logit: Tensor | None = None
     shared_mass: Tensor | None = None
     coverage: Tensor | None = None
+    agreement: Tensor | None = None
+    bits_per_byte: Tensor | None = None
 
 
-def model_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Post-final-norm states ``[B, T, D]`` and attention mass ``[B, T]`` (fp32, detached).
+def count_items(batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """``[3]`` float64: label tokens, sequences and spans of the micro-batches of one step.
 
-    The mass is the last layer's attention row of the last real token, summed over heads and
-    normalised over the sample's tokens (arXiv 2605.01205), under any attention implementation.
+    A sequence or span counts once for each teacher that sees it.
     """
-    with record_attention_mass(model) as record:
-        states = model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-    return states, record.mass
-
-
-def count_items(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """``[3]`` float64: label tokens, sequences and spans of the micro-batches of one step."""
     tokens = sequences = spans = 0
     for batch in batches:
         tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-        sequences += len(batch["labels"])
-        spans += len(batch["student_spans"])
+        for teacher in batch.get("teachers", ()):
+            sequences += len(teacher["span_offsets"]) - 1
+            spans += len(teacher["student_spans"])
     return torch.tensor([tokens, sequences, spans], dtype=torch.float64)
 
 
 class SpanDistiller(nn.Module):
-    """A student that learns from its labels and, span by span, from a teacher.
+    """A student that learns from its labels and, span by span, from one teacher or several.
 
-    Works wherever a module with a loss does: a plain loop, `transformers.Trainer`, Accelerate.
+    Works wherever a module with a loss does: a plain loop, `transformers.Trainer`, TRL, Accelerate,
+    Lightning.
 
     >>> distiller = SpanDistiller(student, teacher, recipe("boundary"), vocabulary=vocabulary)
     >>> distiller(**collator(rows)).loss.backward()
 
     Args:
-        student: a causal language model of `transformers`; it is trained.
-        teacher: another one, or a `TeacherCache` over one. It gets no gradient and is in neither
-            `parameters()` nor `state_dict()`. None if the objective needs none.
+        student: a causal language model of `transformers`, inside PEFT or not; it is trained.
+        teacher: another one, or a `TeacherCache`, or a list of them in the order of the collator's
+            aligners. Teachers get no gradient and are in neither `parameters()` nor `state_dict()`;
+            each may have a device and a dtype of its own. None if the objective needs none.
         objective: an `Objective`, e.g. `recipe("paper")`.
-        vocabulary: the `SharedVocabulary` of both tokenizers; None if they have one vocabulary.
+        vocabulary: the `SharedVocabulary` of both tokenizers, or a list of one for each teacher;
+            None if they have one vocabulary.
+        teacher_weights: of each teacher's terms; 1 by default.
 
-    The only parameters beside the student's are the projector's (student to teacher space, linear
-    without bias, orthogonal at the start), and only if the objective has a cosine term.
+    The only parameters beside the student's are the projectors (student to teacher space, linear
+    without bias, orthogonal at the start; one for each teacher and pair of layers), and only if the
+    objective has a cosine term.
+
+    agreement_spans: spans of each batch at whose ends `DistillerOutput.agreement` is measured; each
+        costs a row of both heads.
     """
 
     accepts_loss_kwargs = True
@@ -87,87 +96,73 @@ class SpanDistiller(nn.Module):
         teacher: Any | None,
         objective: Objective = RECIPES["boundary"],
         *,
-        vocabulary: SharedVocabulary | None = None,
+        vocabulary: SharedVocabulary | Sequence[SharedVocabulary | None] | None = None,
+        teacher_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        _warn_if_compiled_in_vain(student)
         self.student = student
         self.config = student.config
         self.objective = objective
-        self.vocabulary = vocabulary
-        self.projector: nn.Linear | None = None
-        # In a tuple, so that torch does not register it as a part of this module.
-        self._teacher = (teacher,)
-        self.register_state_dict_post_hook(_without_tied)
-        self.register_load_state_dict_pre_hook(_with_tied)
+        self.agreement_spans = 0
+        # In a tuple, so that torch does not register them as parts of this module.
+        self.teachers = _each(teacher)
+        self.vocabularies: tuple[SharedVocabulary | None, ...] = _each(vocabulary)
+        self.teacher_weights = tuple(teacher_weights or [1.0] * len(self.teachers))
+        self.projectors = nn.ModuleList()
+        self.register_state_dict_post_hook(without_tied)
+        self.register_load_state_dict_pre_hook(with_tied)
         if not objective.needs_teacher:
+            self.teachers = ()
             return
-        if teacher is None:
+        self._check_teachers()
+        for one in self.teachers:
+            if isinstance(one, nn.Module):
+                one.eval().requires_grad_(False)
+            if objective.cosine:
+                self.projectors.extend(self._projector(one) for _ in objective.layers)
+
+    def _check_teachers(self) -> None:
+        if not self.teachers or None in self.teachers:
             raise ValueError(
                 "This objective has span terms, so it needs a teacher. Pass one, or use "
                 'recipe("cross-entropy").'
             )
-        if teacher is student:
-            raise ValueError(
-                "The student and the teacher are one and the same model; the teacher is frozen. "
-                "Pass copy.deepcopy(student) to learn from where it started."
-            )
-        self._check_vocabulary(teacher)
-        if isinstance(teacher, nn.Module):
-            teacher.eval().requires_grad_(False)
-        if objective.cosine:
-            width = teacher.config.get_text_config().hidden_size
-            weight = next(student.parameters())
-            self.projector = nn.Linear(
-                student.config.get_text_config().hidden_size,
-                width,
-                bias=False,
-                dtype=weight.dtype,
-                device=weight.device,
-            )
-            with torch.no_grad():
-                self.projector.weight.copy_(
-                    nn.init.orthogonal_(torch.empty(self.projector.weight.shape))
+        for name in ("vocabularies", "teacher_weights"):
+            if len(getattr(self, name)) != len(self.teachers):
+                raise ValueError(
+                    f"There are {len(self.teachers)} teachers and {len(getattr(self, name))} "
+                    f"{name.replace('_', ' ')}. Pass one for each teacher, in the same order."
                 )
+        for teacher, vocabulary in zip(self.teachers, self.vocabularies, strict=True):
+            if teacher is self.student:
+                raise ValueError(
+                    "The student and the teacher are one and the same model; the teacher is "
+                    "frozen. Pass copy.deepcopy(student) to learn from where it started."
+                )
+            _check_vocabulary(self.student, teacher, vocabulary)
 
-    @property
-    def teacher(self) -> Any:
-        return self._teacher[0]
-
-    def _check_vocabulary(self, teacher: Any) -> None:
-        sizes = (
-            self.student.get_output_embeddings().weight.shape[0],
-            teacher.get_output_embeddings().weight.shape[0],
+    def _projector(self, teacher: Any) -> nn.Linear:
+        weight = next(p for p in self.student.parameters() if p.is_floating_point())
+        projector = nn.Linear(
+            self.student.config.get_text_config().hidden_size,
+            teacher.config.get_text_config().hidden_size,
+            bias=False,
+            dtype=weight.dtype,
+            device=weight.device,
         )
-        if self.vocabulary is None:
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"The student's head has {sizes[0]} rows and the teacher's {sizes[1]}, so they "
-                    "do not share one vocabulary. Pass vocabulary=SharedVocabulary("
-                    "student_tokenizer, teacher_tokenizer)."
-                )
-            return
-        for side, ids, rows in zip(
-            ("student", "teacher"),
-            (self.vocabulary.student_ids, self.vocabulary.teacher_ids),
-            sizes,
-            strict=True,
-        ):
-            if int(ids.max()) >= rows:
-                raise ValueError(
-                    f"The shared vocabulary names id {int(ids.max())} of the {side}, whose "
-                    f"head has {rows} rows. Build it with {side}_rows={rows}."
-                )
+        with torch.no_grad():
+            projector.weight.copy_(nn.init.orthogonal_(torch.empty(projector.weight.shape)))
+        return projector
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         labels: Tensor,
-        teacher_input_ids: Tensor | None = None,
-        teacher_attention_mask: Tensor | None = None,
-        student_spans: Tensor | None = None,
-        teacher_spans: Tensor | None = None,
-        span_offsets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        teachers: Sequence[Mapping[str, Tensor]] = (),
+        num_bytes: Tensor | None = None,
         coverage: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> DistillerOutput:
@@ -178,124 +173,216 @@ class SpanDistiller(nn.Module):
             or the number of label tokens of the step alone, as `transformers.Trainer` passes it
             (the other two counts are then taken in the proportion of this batch); None: this batch.
         """
-        if self.objective.needs_teacher:
-            states, mass = model_states(self.student, input_ids, attention_mask)
+        inputs = {"input_ids": input_ids}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        if self.teachers:
+            self._check_batch(teachers)
+            student = model_states(self.student, **inputs, layers=self.objective.side(0))
+            states = student.hidden[-1]
         else:
-            states, mass = (
-                self.student.base_model(
-                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-                ).last_hidden_state,
-                None,
-            )
+            states = run_trunk(self.student, **inputs, use_cache=False).last_hidden_state
         head = head_of(self.student).to(_compute_dtype(states))
         ce = _cross_entropy(states, head, labels)
 
-        terms = None
-        if mass is not None:
-            span_inputs = {
-                "teacher_input_ids": teacher_input_ids,
-                "teacher_attention_mask": teacher_attention_mask,
-                "student_spans": student_spans,
-                "teacher_spans": teacher_spans,
-                "span_offsets": span_offsets,
-            }
-            given = {name: x for name, x in span_inputs.items() if x is not None}
-            if len(given) < len(span_inputs):
-                missing = next(name for name in span_inputs if name not in given)
-                raise ValueError(
-                    f"The batch holds no {missing!r}, which the span terms need. Make batches with "
-                    "SpanCollator; a transformers Trainer needs remove_unused_columns=False."
-                )
-            terms = self._span_losses(states, mass, head, **given)
-        spans = 0 if student_spans is None else len(student_spans)
-        counts = self._counts(labels, spans, num_items_in_batch)
-        loss, parts = combine(self.objective, ce, terms, counts.to(states.device))
-        shared = None
-        if terms is not None and terms.shared_mass is not None:
-            shared = terms.shared_mass / max(spans, 1)
+        terms = agreement = None
+        if self.teachers:
+            terms, agreement = self._span_losses(student.rows(), head, teachers)
+        own = count_items([{"labels": labels, "teachers": teachers}]).to(states.device)
+        loss, parts = combine(self.objective, ce, terms, _counts(own, num_items_in_batch))
+        shared = None if terms is None else terms.shared_mass
+        bits = None if num_bytes is None else ce.detach() / math.log(2) / num_bytes.sum()
         return DistillerOutput(
             loss=loss,
-            shared_mass=shared,
+            shared_mass=None if shared is None else shared / own[2].clamp(min=1),
             coverage=None if coverage is None else coverage.mean(),
+            agreement=agreement,
+            bits_per_byte=bits,
             **{name: part.detach() for name, part in parts.items()},
         )
 
-    def _span_losses(
-        self,
-        states: Tensor,
-        mass: Tensor,
-        head: Head,
-        teacher_input_ids: Tensor,
-        teacher_attention_mask: Tensor,
-        student_spans: Tensor,
-        teacher_spans: Tensor,
-        span_offsets: Tensor,
-    ) -> SpanLosses:
-        with torch.no_grad():
-            if isinstance(self.teacher, nn.Module):
-                teacher_states, teacher_mass = model_states(
-                    self.teacher, teacher_input_ids, teacher_attention_mask
-                )
-            else:
-                teacher_states, teacher_mass = self.teacher.states(
-                    teacher_input_ids, teacher_attention_mask
-                )
-            teacher_head = head_of(self.teacher)
-        vocabulary = None
-        if self.vocabulary is not None:
-            vocabulary = (
-                self.vocabulary.student_ids.to(states.device),
-                self.vocabulary.teacher_ids.to(states.device),
+    def _check_batch(self, teachers: Sequence[Mapping[str, Tensor]]) -> None:
+        if len(teachers) != len(self.teachers):
+            raise ValueError(
+                f"The batch holds {len(teachers)} 'teachers' and the distiller {len(self.teachers)}"
+                ". Make batches with SpanCollator, with one aligner for each teacher; a "
+                "transformers Trainer needs remove_unused_columns=False."
             )
-        return span_losses(
-            self.objective,
-            student_hidden=states.flatten(0, 1),
-            teacher_hidden=teacher_states.flatten(0, 1),
-            student_mass=mass.flatten(),
-            teacher_mass=teacher_mass.flatten(),
-            student_spans=student_spans,
-            teacher_spans=teacher_spans,
-            offsets=span_offsets,
-            student_head=head,
-            teacher_head=teacher_head,
-            vocabulary=vocabulary,
-            projector=states if self.projector is None else self.projector.weight,
+        for teacher in teachers:
+            for name in SPAN_INPUTS:
+                if name not in teacher:
+                    raise ValueError(
+                        f"The batch holds no {name!r} of a teacher, which the span terms need. "
+                        "Make batches with SpanCollator."
+                    )
+
+    def _span_losses(
+        self, student: States, head: Head, batches: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[SpanLosses, Tensor | None]:
+        """Sums over all teachers by their weights, and the mean agreement."""
+        sums: list[SpanLosses] = []
+        agreements: list[Tensor] = []
+        for index, (teacher, batch) in enumerate(zip(self.teachers, batches, strict=True)):
+            device = student.hidden[-1].device
+            batch = {name: x.to(device) for name, x in batch.items()}
+            with torch.no_grad():
+                states = self._teacher_states(teacher, batch).rows(device)
+                teacher_head = head_of(teacher).to_device(device)
+            count = len(self.objective.layers)
+            # By name: so DeepSpeed notices that this forward needs them, and gathers them.
+            weights = [cast(Tensor, layer.weight) for layer in self.projectors]
+            projectors = weights[index * count : (index + 1) * count]
+            vocabulary = self.vocabularies[index]
+            shared = None
+            if vocabulary is not None:
+                shared = vocabulary.student_ids.to(device), vocabulary.teacher_ids.to(device)
+            terms = span_losses(
+                self.objective,
+                student_hidden=student.hidden[-1],
+                teacher_hidden=states.hidden[-1],
+                student_mass=student.mass[-1],
+                teacher_mass=states.mass[-1],
+                student_spans=batch["student_spans"],
+                teacher_spans=batch["teacher_spans"],
+                offsets=batch["span_offsets"],
+                student_head=head,
+                teacher_head=teacher_head,
+                vocabulary=shared,
+                pairs=[
+                    LayerPair(
+                        student.hidden[i], states.hidden[i], student.mass[i], states.mass[i],
+                        projector, self.objective.layers[i][2],
+                    )
+                    for i, projector in enumerate(projectors)
+                ],
+            )  # fmt: skip
+            sums.append(terms.scaled(self.teacher_weights[index]))
+            if self.agreement_spans and len(batch["student_spans"]):
+                rows = _sample(len(batch["student_spans"]), self.agreement_spans, device)
+                agreements.append(
+                    top_agreement(
+                        student.hidden[-1][batch["student_spans"][rows, 1] - 1],
+                        head,
+                        states.hidden[-1][batch["teacher_spans"][rows, 1] - 1],
+                        teacher_head,
+                        shared,
+                    )
+                )
+        total = sums[0]
+        for more in sums[1:]:
+            total = total.plus(more)
+        return total, torch.stack(agreements).mean() if agreements else None
+
+    def _teacher_states(self, teacher: Any, batch: Mapping[str, Tensor]) -> States:
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        layers = self.objective.side(1)
+        if not isinstance(teacher, nn.Module):
+            if inputs["input_ids"].numel():
+                return teacher.states(**inputs, layers=layers)
+            width = teacher.config.get_text_config().hidden_size
+            hidden = batch["input_ids"].new_zeros(1, 1, width, dtype=torch.float32)
+            return States((hidden,) * len(layers), (hidden[..., 0],) * len(layers))
+        if not inputs["input_ids"].numel():
+            # No row of this batch is for this teacher. It runs all the same: the shards of one that
+            # is sharded are gathered by all ranks together.
+            inputs = {"input_ids": inputs["input_ids"].new_zeros(1, 1)}
+        device = next(teacher.parameters()).device
+        return model_states(
+            teacher, **{name: x.to(device) for name, x in inputs.items()}, layers=layers
         )
 
-    @staticmethod
-    def _counts(labels: Tensor, spans: int, given: Tensor | int | None) -> Tensor:
-        tokens = (labels[:, 1:] != IGNORED).sum().double()
-        own = torch.stack(
-            [tokens, torch.full_like(tokens, len(labels)), torch.full_like(tokens, spans)]
-        )
-        if given is None:
-            return own
-        given = torch.as_tensor(given, dtype=own.dtype, device=own.device)
-        return given if given.numel() == 3 else own * given / tokens.clamp(min=1)
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Of the student; a Trainer calls it."""
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The same by its newer name."""
+        getattr(
+            self.student,
+            "activation_checkpointing_enable",
+            self.student.gradient_checkpointing_enable,
+        )(**kwargs)
+
+    def tie_weights(self) -> None:
+        """Accelerate calls it, after it has loaded shards."""
+        self.student.tie_weights()
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """FSDP shards the student by its own layers."""
+        return causal_lm(self.student)._no_split_modules
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the plain student, which `AutoModelForCausalLM.from_pretrained` loads."""
+        """Write the plain student, which `AutoModelForCausalLM.from_pretrained` loads; of a student
+        inside PEFT, its adapter."""
         self.student.save_pretrained(folder, **kwargs)
 
 
-def _tied(module: nn.Module) -> list[tuple[str, str]]:
-    """(name, other name) of each parameter that has two, as a head tied to the embedding has."""
-    first: dict[int, str] = {}
-    every = module.named_parameters(remove_duplicate=False)
-    names = [(first.setdefault(id(p), name), name) for name, p in every]
-    return [(name, other) for name, other in names if name != other]
+def _warn_if_compiled_in_vain(student: Any) -> None:
+    compiled = hasattr(student, "_orig_mod") or getattr(student, "_compiled_call_impl", None)
+    if compiled and trunk_of(student)._compiled_call_impl is None:
+        warnings.warn(
+            "torch.compile has compiled the student's own forward, which the distiller does not "
+            "call: it calls what lies below the head. Use student.base_model.compile() instead.",
+            stacklevel=3,
+        )
 
 
-def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A parameter is saved once: safetensors, which Trainers write, refuses shared memory."""
-    for _name, other in _tied(module):
-        state.pop(prefix + other, None)
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _with_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, other in _tied(module):
-        if prefix + name in state:
-            state.setdefault(prefix + other, state[prefix + name])
+def _check_vocabulary(student: Any, teacher: Any, vocabulary: SharedVocabulary | None) -> None:
+    sizes = head_rows(student), head_rows(teacher)
+    if vocabulary is None:
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The student's head has {sizes[0]} rows and the teacher's {sizes[1]}, so they "
+                "do not share one vocabulary. Pass vocabulary=SharedVocabulary("
+                "student_tokenizer, teacher_tokenizer)."
+            )
+        return
+    ids = vocabulary.student_ids, vocabulary.teacher_ids
+    for side, of_side, rows in zip(("student", "teacher"), ids, sizes, strict=True):
+        if int(of_side.max()) >= rows:
+            raise ValueError(
+                f"The shared vocabulary names id {int(of_side.max())} of the {side}, whose "
+                f"head has {rows} rows. Build it with {side}_rows={rows}."
+            )
+
+
+@torch.no_grad()
+def top_agreement(
+    student: Tensor,
+    student_head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    vocabulary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Share of rows whose most likely entry of the shared vocabulary is the same on both sides.
+
+    Args:
+        student, teacher: ``[S, Ds]``, ``[S, Dt]``, post-final-norm states at the ends of spans.
+    """
+    own, other = student_head.logits(student), teacher_head.logits(teacher)
+    if vocabulary is not None:
+        own, other = own[:, vocabulary[0]], other[:, vocabulary[1]]
+    return (own.argmax(-1) == other.argmax(-1)).double().mean()
+
+
+def _sample(count: int, most: int, device: torch.device) -> Tensor:
+    """Up to `most` of `count` indices, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, most), device=device).long()
+
+
+def _counts(own: Tensor, given: Tensor | int | None) -> Tensor:
+    if given is None:
+        return own
+    given = torch.as_tensor(given, dtype=own.dtype, device=own.device)
+    return given if given.numel() == 3 else own * given / own[0].clamp(min=1)
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

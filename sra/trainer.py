@@ -1,107 +1,64 @@
-"""`SRATrainer`: the transformers Trainer with a teacher and spans; it saves the plain student."""
+"""`SRATrainer`: the transformers Trainer with teachers and spans; it saves the plain student."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from torch.utils.data import IterableDataset
+from transformers import ProgressCallback, Trainer, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from sra import run_record
 from sra.alignment import SpanAligner
-from sra.data import SpanCollator, check_coverage, check_row
+from sra.collator import SpanCollator, check_coverage
+from sra.config import SRAConfig
+from sra.data import RowStream, check_row
 from sra.distiller import SpanDistiller, count_items
 from sra.evaluation import bits_per_byte
-from sra.objective import Objective, recipe
+from sra.model import call_inside, causal_lm, head_rows, place_teacher
+from sra.progress import LiveTerms, Speed, peak_gib, reset_peak
+from sra.run_record import last_checkpoint
 from sra.vocabulary import SharedVocabulary
 
 PROJECTOR_FILE = "projector.safetensors"
-OBJECTIVE_FIELDS = (
-    "alpha",
-    "gamma",
-    "power",
-    "temperature",
-    "logit_state",
-    "outside",
-    "normaliser",
-)
-
-
-@dataclass
-class SRAConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what distillation adds; None keeps the recipe's."""
-
-    recipe: str = field(
-        default="boundary",
-        metadata={"help": 'The objective: "cross-entropy", "paper", "boundary".'},
-    )
-    alpha: float | None = field(default=None, metadata={"help": "Share of cross-entropy, 0 to 1."})
-    gamma: float | None = field(default=None, metadata={"help": "Weight of the geometry term."})
-    power: float | None = field(default=None, metadata={"help": "Exponent of span salience."})
-    temperature: float | None = field(default=None, metadata={"help": "Of the span logits."})
-    logit_state: str | None = field(default=None, metadata={"help": '"com" or "end".'})
-    outside: str | None = field(
-        default=None, metadata={"help": '"renormalise", "weight" or "bucket".'}
-    )
-    normaliser: str | None = field(default=None, metadata={"help": '"sequences" or "spans".'})
-    vocabulary_match: Literal["raw", "normalised"] = field(
-        default="raw", metadata={"help": 'Shared vocabulary: "raw" strings or "normalised".'}
-    )
-    granularity: Literal["token", "word", "sentence"] = field(
-        default="token", metadata={"help": '"token", "word" or "sentence".'}
-    )
-    max_length: int = field(default=512, metadata={"help": "Tokens kept of each side of a row."})
-    min_coverage: float = field(
-        default=0.9, metadata={"help": "Refuse to train when spans cover less of the data."}
-    )
-    projector_learning_rate: float = field(
-        default=5e-4, metadata={"help": "Of the projector; it has no weight decay."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator needs the text."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would remove the text. Leave it false.")
-        self.objective()
-
-    def objective(self) -> Objective:
-        changes = {name: getattr(self, name) for name in OBJECTIVE_FIELDS}
-        return recipe(self.recipe, **{k: v for k, v in changes.items() if v is not None})
+# Means over a batch; the other terms are sums over it, divided by the counts of the step.
+SHARES = ("shared_mass", "coverage", "agreement", "bits_per_byte")
+TERMS = ("ce", "cosine", "geometry", "logit", *SHARES)
+CHECKED_ROWS = 10_000  # of a larger data set, so many are aligned before the run
 
 
 class SRATrainer(Trainer):
-    """Distils `teacher_model` into `model` on rows of `prompt` and `completion`.
+    """Distils one teacher or several into `model`.
 
-    Everything that the transformers Trainer does, it does. Checkpoints hold the plain student,
-    which `AutoModelForCausalLM.from_pretrained` loads, and the projector beside it. `evaluate`
-    measures held-out bits per byte, which compares across tokenizers.
+    Everything that the transformers Trainer does, it does. Checkpoints hold the plain student (or
+    its PEFT adapter), which `AutoModelForCausalLM.from_pretrained` loads, and the projectors beside
+    it. `evaluate` measures held-out bits per byte, which compares across tokenizers. The run's
+    folder also holds run.json: the command, the configuration and the versions.
 
     Args:
-        model, teacher_model: causal language models; the teacher may be a `TeacherCache`, or None
-            for the recipe "cross-entropy".
+        model: a causal language model; with `peft_config`, or inside PEFT already, its adapter is
+            trained.
+        teacher_model: another, or a `TeacherCache`, or a list of them; None for the recipe
+            "cross-entropy".
         args: an `SRAConfig`.
-        train_dataset, eval_dataset: sequences of ``{"prompt": str, "completion": str}``.
-        processing_class, teacher_processing_class: their fast tokenizers.
+        train_dataset, eval_dataset: rows as `SpanCollator` takes them: a sequence, a
+            `datasets.Dataset`, or for training an iterable that streams.
+        processing_class, teacher_processing_class: their fast tokenizers; a list for a list of
+            teachers.
+        teacher_names: what a row's "teacher" calls them, if it has one; see `SpanCollator`.
 
     Raises:
         ValueError: alignment covers less of the training data than `args.min_coverage`, or a row is
-            broken; before anything is written.
+            broken; before anything is written (of more than 10,000 rows, as many evenly spaced ones
+            are looked at; of a stream none, but see below).
+        RuntimeError: while training: a loss that is not finite, coverage that stays under
+            `args.min_coverage`, a checkpoint that cannot be written. The last whole checkpoint is
+            left, to resume from.
     """
 
     def __init__(
@@ -110,43 +67,76 @@ class SRATrainer(Trainer):
         teacher_model: Any | None = None,
         args: SRAConfig | None = None,
         *,
-        train_dataset: Sequence[Mapping[str, str]] | None = None,
-        eval_dataset: Sequence[Mapping[str, str]] | None = None,
+        train_dataset: Any | None = None,
+        eval_dataset: Any | None = None,
         processing_class: Any,
         teacher_processing_class: Any | None = None,
+        teacher_names: Sequence[str] | None = None,
+        peft_config: Any | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or SRAConfig(output_dir="runs/sra")
         objective = args.objective()
-        teacher_tokenizer = teacher_processing_class or processing_class
-        aligner = SpanAligner(processing_class, teacher_tokenizer, granularity=args.granularity)
-        collator = SpanCollator(aligner, max_length=args.max_length)
+        tokenizers = _listed(teacher_processing_class or processing_class)
+        collator = SpanCollator(
+            [
+                SpanAligner(processing_class, tokenizer, granularity=args.granularity)
+                for tokenizer in tokenizers
+            ],
+            max_length=args.max_length,
+            teacher_max_length=args.teacher_max_length,
+            padding="free" if args.padding_free else "right",
+            train_turns=args.train_turns,
+            teacher_names=teacher_names,
+        )
         self.coverage: float | None = None
-        vocabulary = None
-        if train_dataset is not None:
+        if train_dataset is not None and hasattr(train_dataset, "__len__"):
             minimum = args.min_coverage if objective.needs_teacher else 0.0
-            coverage = check_coverage(train_dataset, collator, minimum)
+            coverage = check_coverage(_evenly(train_dataset, CHECKED_ROWS), collator, minimum)
             self.coverage = coverage if objective.needs_teacher else None
         for number, row in enumerate(eval_dataset or ()):
             check_row(row, f"Row {number} of eval_dataset")
-        if objective.needs_teacher and teacher_model is not None:
-            vocabulary = SharedVocabulary(
-                processing_class,
-                teacher_tokenizer,
-                match=args.vocabulary_match,
-                student_rows=model.get_output_embeddings().weight.shape[0],
-                teacher_rows=teacher_model.get_output_embeddings().weight.shape[0],
-            )
-        if teacher_model is not None and not args.deepspeed and not args.fsdp:
-            teacher_model.to(args.device)  # the Trainer moves the student alone
+        teachers = _listed(teacher_model) if objective.needs_teacher else [None]
+        vocabularies: list[SharedVocabulary | None] = [None] * len(teachers)
+        if teacher_model is not None and objective.needs_teacher:
+            if len(teachers) != len(tokenizers):
+                raise ValueError(
+                    f"There are {len(teachers)} teachers and {len(tokenizers)} tokenizers of "
+                    "teachers. Pass teacher_processing_class=[...], one for each, in their order."
+                )
+            vocabularies = [
+                SharedVocabulary(
+                    processing_class,
+                    tokenizer,
+                    match=args.vocabulary_match,
+                    student_rows=head_rows(model),
+                    teacher_rows=head_rows(teacher),
+                )
+                for teacher, tokenizer in zip(teachers, tokenizers, strict=True)
+            ]
+            for teacher in teachers:
+                place_teacher(teacher, args.device)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         self._terms: list[dict[str, Tensor]] = []
         self._steps = 0  # that _terms are of
-        set_seed(args.seed)  # the Trainer's own call comes after the projector's random start
+        self._covered: list[float] = []
+        self._speed = Speed()
+        stream = _Passes(train_dataset) if isinstance(train_dataset, RowStream) else None
+        set_seed(args.seed)  # the Trainer's own call comes after the projectors' random start
         super().__init__(
-            model=SpanDistiller(model, teacher_model, objective, vocabulary=vocabulary),
+            model=SpanDistiller(
+                model,
+                teachers,
+                objective,
+                vocabulary=vocabularies,
+                teacher_weights=args.teacher_weights,
+            ),
             args=args,
             data_collator=collator,
-            train_dataset=train_dataset,
+            train_dataset=stream or train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
@@ -162,10 +152,47 @@ class SRATrainer(Trainer):
     def distiller(self) -> SpanDistiller:
         return self.accelerator.unwrap_model(self.model)
 
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's; True resumes from the last whole checkpoint. Half-written ones are
+        removed, and the run's record is written first."""
+        folder = Path(str(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(folder) or folder / "checkpoint-0")
+        if resume_from_checkpoint:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            bare = sharded or self.args.save_only_model
+            needed = () if bare else (OPTIMIZER_NAME, SCHEDULER_NAME)
+            step = run_record.check_checkpoint(str(resume_from_checkpoint), needed)
+            if isinstance(self.train_dataset, _Passes) and step >= self.args.max_steps:
+                self.train_dataset.rows = ()  # the Trainer would make one step more
+        if self.args.should_save:
+            run_record.remove_halves(folder)
+            run_record.write_record(
+                folder,
+                **run_record.describe_run(self.args.to_dict()),
+                student=self.distiller.student.name_or_path,
+                teachers=[getattr(t, "name_or_path", None) for t in self.distiller.teachers],
+                coverage=self.coverage,
+            )
+        reset_peak()
+        self._speed = Speed()
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except (ValueError, RuntimeError, OSError, EOFError) as error:
+            said = run_record.worker_failure(error) if self.args.dataloader_num_workers else None
+            if said is None:
+                raise
+            raise (ValueError if isinstance(error, ValueError) else RuntimeError)(said) from error
+        self._check_weights()
+        return output
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Tokens, sequences and spans of the whole step, over all micro-batches and ranks."""
         self._steps += 1
         counts = count_items(batch_samples).to(device)
+        self._speed.tokens += sum(batch["input_ids"].numel() for batch in batch_samples)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(dim=0)
         return counts
@@ -173,27 +200,74 @@ class SRATrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        self._terms.append({k: v.detach() for k, v in outputs.items() if k != "loss"})
+        every = max(1, round(self.args.logging_steps))
+        logged = (self.state.global_step + 1) % every == 0
+        self.distiller.agreement_spans = self.sra_args.agreement_spans if logged else 0
+        try:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        except ValueError:  # operations refuse NaN before there is a loss
+            self._check_weights()
+            raise
+        terms = {k: v.detach() for k, v in outputs.items() if k != "loss"}
+        if not loss.isfinite():
+            self._refuse(terms)
+        self._watch_coverage(inputs)
+        self._terms.append(terms)
         return (loss, outputs) if return_outputs else loss
+
+    def _refuse(self, terms: Mapping[str, Tensor]) -> None:
+        listed = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        raise RuntimeError(
+            f"The loss of step {self.state.global_step + 1} is not finite ({listed}). "
+            + run_record.MEND_NAN
+        )
+
+    def _check_weights(self) -> None:
+        """Raise if a step left weights that are not finite: no checkpoint may hold them."""
+        history = self.state.log_history
+        run_record.check_weights(self.distiller, self.state.global_step, (history or [{}])[-1])
+
+    def _watch_coverage(self, inputs: Mapping[str, Any]) -> None:
+        """Stop when spans cover too little for 50 batches, as data that streams may turn."""
+        if not self.distiller.teachers or "coverage" not in inputs:
+            return
+        shares = inputs["coverage"].tolist()
+        self._covered = [*self._covered, sum(shares) / max(len(shares), 1)][-50:]
+        mean = sum(self._covered) / len(self._covered)
+        if len(self._covered) == 50 and mean < self.sra_args.min_coverage:
+            worst = min(range(len(shares)), key=shares.__getitem__)
+            snippet = cast(Any, self.processing_class).decode(_sequence(inputs, worst)[-60:])
+            raise RuntimeError(
+                f"Spans cover {mean:.1%} of the last 50 batches (minimum "
+                f"{self.sra_args.min_coverage:.0%}). Worst of the last one, with "
+                f"{shares[worst]:.1%}, ends in {snippet!r}. Look at it with `sra align`, or lower "
+                "min_coverage and resume."
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each term to what is logged, as it enters the loss of a step."""
         if "loss" in logs and self._terms:
-            for name in self._terms[0]:
-                values = torch.stack([terms[name].double() for terms in self._terms])
-                # A term is a sum over its micro-batch divided by the counts of the step; the
-                # shares are means.
-                share = name in ("shared_mass", "coverage")
-                logs[name] = float(values.mean() if share else values.sum() / self._steps)
+            found = [[terms[name] for terms in self._terms if name in terms] for name in TERMS]
+            # Every rank brings all names: one may have had no span to measure agreement on.
+            table = torch.tensor([[sum(map(float, x)), len(x)] for x in found], dtype=torch.float64)
+            table = self.accelerator.reduce(table.to(self.args.device), "sum")
+            # Without it, each rank has divided by its own counts.
+            apart = not self.args.average_tokens_across_devices
+            steps = self._steps * self.args.world_size**apart
+            for name, (value, count) in zip(TERMS, table.tolist(), strict=True):
+                if count:
+                    logs[name] = value / (count if name in SHARES else steps)
             self._terms.clear()
             self._steps = 0
+            logs["tokens_per_second"] = round(self._speed.read() * self.args.world_size, 1)
+            if (peak := peak_gib()) is not None:
+                logs["peak_gib"] = round(peak, 3)
         super().log(logs, start_time)
 
     def evaluate(
@@ -204,10 +278,12 @@ class SRATrainer(Trainer):
     ) -> dict[str, float]:
         """Bits per byte of the student on held-out rows."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        bits = bits_per_byte(
-            self.distiller.student,
-            self.processing_class,
-            cast(Iterable[Mapping[str, str]], rows),
+        bits = call_inside(
+            self.distiller,
+            bits_per_byte,
+            model=self.distiller.student,
+            tokenizer=self.processing_class,
+            rows=cast(Iterable[Mapping[str, str]], rows),
             batch_size=self.args.per_device_eval_batch_size,
             max_length=self.sra_args.max_length,
         )
@@ -219,61 +295,104 @@ class SRATrainer(Trainer):
         return metrics
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As usual, but the projector has its own learning rate (SRA trains it faster)."""
-        projector = self.distiller.projector
-        if projector is None or self.optimizer is not None:
+        """As usual, but the projectors have their own learning rate (SRA trains them faster)."""
+        projectors = self.distiller.projectors
+        if not len(projectors) or self.optimizer is not None:
             return super().create_optimizer(model)
-        projector.requires_grad_(False)
+        projectors.requires_grad_(False)
         optimizer = super().create_optimizer(model)
-        projector.requires_grad_(True)
+        projectors.requires_grad_(True)
         optimizer.add_param_group(
             {
-                "params": list(projector.parameters()),
+                "params": list(projectors.parameters()),
                 "lr": self.sra_args.projector_learning_rate,
                 "weight_decay": 0.0,
             }
         )
         return optimizer
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As usual; one that cannot be written to its end is removed."""
+        self._check_weights()
+        half = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:  # of an older run: it is the mark of a whole one
+            (half / run_record.TRAINER_STATE).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # each writer has its own
+            if run_record.is_whole(half):  # what came after it failed
+                raise
+            raise RuntimeError(run_record.remove_half(half, error)) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        self.distiller.save_pretrained(folder)
+        given = {}
+        if state_dict:  # gathered from the ranks' shards
+            given["state_dict"] = _part(state_dict, "student.")
+        self.distiller.save_pretrained(folder, **given)
         cast(Any, self.processing_class).save_pretrained(folder)
-        if self.distiller.projector is not None:
-            save_file({"weight": self.distiller.projector.weight.data}, folder / PROJECTOR_FILE)
+        projectors = _part(state_dict or self.distiller.state_dict(), "projectors.")
+        if projectors:
+            save_file(projectors, folder / PROJECTOR_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         folder = Path(resume_from_checkpoint)
         student = self.distiller.student
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=student.dtype)
-        student.load_state_dict(saved.state_dict())
-        if self.distiller.projector is not None:
-            self.distiller.projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
+        if hasattr(student, "peft_config"):
+            from peft import set_peft_model_state_dict
+            from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+            set_peft_model_state_dict(student, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+        else:
+            kind = type(causal_lm(student))  # no code of the folder is needed, and none is run
+            saved = kind.from_pretrained(folder, dtype=student.dtype, use_safetensors=True)
+            student.load_state_dict(saved.state_dict())
+        if len(self.distiller.projectors):
+            self.distiller.projectors.load_state_dict(load_file(folder / PROJECTOR_FILE))
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; None if there is none.
+class _Passes(IterableDataset):
+    """A stream, pass after pass, so that a resumed run skips what was read in all of them."""
 
-    A run that is killed while it saves leaves a checkpoint without its last file.
-    """
-    found = {int(path.name[11:]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
-    for _, checkpoint in sorted(found.items(), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-            return checkpoint
-    return None
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 1
+        while number:  # else a data worker has no share
+            number = 0
+            for number, row in enumerate(self.rows, start=1):  # noqa: B007
+                yield row
 
 
-class LiveTerms(ProgressCallback):
-    """The progress bar, with the latest value of each term at its end."""
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs:
-            shown = ("loss", "ce", "cosine", "geometry", "logit", "eval_bits_per_byte")
-            latest = {k.removeprefix("eval_"): f"{logs[k]:.3g}" for k in shown if k in logs}
-            if latest:
-                self._latest = {**getattr(self, "_latest", {}), **latest}
-                self.training_bar.set_postfix(self._latest)
+
+def _evenly(rows: Sequence[Any], most: int) -> Iterable[Any]:
+    """Up to `most` rows, evenly spaced."""
+    count = len(rows)
+    return rows if count <= most else (rows[i * count // most] for i in range(most))
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value.contiguous()
+        for name, value in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def _sequence(inputs: Mapping[str, Any], index: int) -> list[int]:
+    """The token ids of one sequence of a batch, with or without padding."""
+    if "attention_mask" in inputs:
+        return inputs["input_ids"][index][inputs["attention_mask"][index].bool()].tolist()
+    starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], inputs["input_ids"].shape[1]]
+    return inputs["input_ids"][0, starts[index] : ends[index]].tolist()

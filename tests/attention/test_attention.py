@@ -206,9 +206,13 @@ def test_errors():
         square = mask[:, None, :, None] * mask[:, None, None]
         with pytest.raises(ValueError, match="two-dimensional mask"):
             model(ids, attention_mask=square.bool())
-        keys = torch.randn(3, 2, 23, 8)
-        with pytest.raises(NotImplementedError, match="'s_aux'"):
-            record.read(None, keys, keys, None, {"s_aux": torch.zeros(2)})
+    keys, record = torch.randn(3, 2, 23, 8), AttentionMass(attend=None)
+    for options, message in (
+        ({"position_bias": torch.zeros(2)}, "NoneType uses 'position_bias'"),
+        ({"s_aux": torch.zeros(2), "softcap": 2.0}, "both attention sinks and a softcap"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            record.read(None, keys, keys, None, {"scaling": 1.0, **options})
 
 
 def test_scale_where_the_model_passes_none():

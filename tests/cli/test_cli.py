@@ -165,6 +165,17 @@ def test_a_broken_line_of_the_data(pair, data, capsys, tmp_path):
         assert f"{broken}, line 9: there is no 'completion'" in refused(capsys, argv, output)
 
 
+def test_there_is_no_data(pair, capsys, tmp_path):
+    argv = ["distill", *pair, "--output", tmp_path / "run"]
+    assert "add --data rows.jsonl" in refused(capsys, argv, tmp_path / "run")
+
+
+def test_help_of_distill(capsys):
+    for argv in (["distill"], ["distill", "--help"], ["distill", "--help-all"]):
+        assert main(argv) == 0
+        assert "--teacher_cache" in capsys.readouterr().out
+
+
 def test_a_teacher_is_missing(pair, data, capsys, tmp_path):
     output = tmp_path / "run"
     argv = ["distill", pair[0], "--data", data, "--output", output]
@@ -196,7 +207,7 @@ def test_a_folder_with_a_run_is_not_written_over(pair, data, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["distil"], ["distill", "s", "t"], ["align", "s", "t", "--granularity", "letter"]]
+    "argv", [[], ["distil"], ["align", "s"], ["align", "s", "t", "--granularity", "letter"]]
 )
 def test_a_command_that_does_not_parse(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -221,7 +232,7 @@ def test_help_needs_no_model_library():
     for command in ("align", "distill", "demo"):
         assert command in out
     code = (
-        "import sys; from sra import cli; cli._parser().format_help();"
+        "import sys; from sra import cli; cli.parser().format_help();"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     shown = subprocess.run(
@@ -279,7 +290,8 @@ def test_bench_passes_its_options_on(capfd):
 
 
 def test_bench_says_where_the_benchmarks_are(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("sra.cli.__file__", str(tmp_path / "sra" / "cli.py"))
+    elsewhere = tmp_path / "sra" / "commands" / "bench.py"
+    monkeypatch.setattr("sra.commands.bench.__file__", str(elsewhere))
     assert "in the source repository" in refused(capsys, ["bench", "--list"])
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sra import Objective, SharedVocabulary, SpanDistiller, TeacherCache, count_items, recipe
-from sra.distiller import DistillerOutput, model_states
-from sra.head import head_of
+from sra.distiller import DistillerOutput
+from sra.model import head_of
 from sra.objective import RECIPES
 from sra.precision import faster_dtype
 from tests import tiny
@@ -61,29 +61,29 @@ def test_the_teacher_is_no_part_of_the_module(batch):
     module = distiller()
     names = {name for name, _ in module.named_parameters()}
     assert names == {f"student.{n}" for n, _ in module.student.named_parameters()} | {
-        "projector.weight"
+        "projectors.0.weight"
     }
-    assert {n.split(".")[0] for n in module.state_dict()} == {"student", "projector"}
+    assert {n.split(".")[0] for n in module.state_dict()} == {"student", "projectors"}
     owned = {p.data_ptr() for p in module.parameters()}
-    assert not owned & {p.data_ptr() for p in module.teacher.parameters()}
+    assert not owned & {p.data_ptr() for p in module.teachers[0].parameters()}
     module.train()
-    assert not module.teacher.training
-    assert not any(p.requires_grad for p in module.teacher.parameters())
+    assert not module.teachers[0].training
+    assert not any(p.requires_grad for p in module.teachers[0].parameters())
 
 
 @pytest.mark.parametrize("objective", SPAN_RECIPES.values(), ids=SPAN_RECIPES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_gradients_reach_the_student_and_the_projector_alone(batch, objective, tied):
     module = distiller(objective, tied=tied)
-    before = copy.deepcopy(module.teacher.state_dict())
+    before = copy.deepcopy(module.teachers[0].state_dict())
     out, grads = gradients(module, batch)
     assert out.loss.requires_grad
     for name, grad in grads.items():
         assert grad.isfinite().all(), name
         assert grad.abs().max() > 0, name
-    assert all(p.grad is None for p in module.teacher.parameters())
-    assert_same(module.teacher.state_dict(), before, rtol=0, atol=0)
-    assert ("projector.weight" in grads) == (objective.cosine > 0)
+    assert all(p.grad is None for p in module.teachers[0].parameters())
+    assert_same(module.teachers[0].state_dict(), before, rtol=0, atol=0)
+    assert ("projectors.0.weight" in grads) == (objective.cosine > 0)
 
 
 @pytest.mark.parametrize("name", ["boundary", "cross-entropy"])
@@ -110,7 +110,7 @@ def test_an_extra_output_for_each_term(batch):
     out = distiller()(**batch)
     assert isinstance(out, DistillerOutput)
     assert {*out.keys()} == {
-        "loss", "ce", "cosine", "geometry", "logit", "shared_mass", "coverage"
+        "loss", "ce", "cosine", "geometry", "logit", "shared_mass", "coverage", "bits_per_byte",
     }  # fmt: skip
     want = 0.5 * out.ce + 0.5 * (out.cosine + 50 * out.geometry + out.logit)
     torch.testing.assert_close(out.loss, want)
@@ -129,16 +129,26 @@ def test_the_padding_changes_nothing(batch):
 
 def wider(batch, columns, teacher_columns):
     """The batch with more padding on the right; spans address flattened rows, so they move."""
-    out = dict(batch)
-    for name, fill, more in (
-        ("input_ids", 1, columns), ("attention_mask", 0, columns), ("labels", -100, columns),
-        ("teacher_input_ids", 0, teacher_columns), ("teacher_attention_mask", 0, teacher_columns),
-    ):  # fmt: skip
-        out[name] = nn.functional.pad(batch[name], (0, more), value=fill)
-    sample = torch.arange(len(batch["labels"])).repeat_interleave(batch["span_offsets"].diff())
-    out["student_spans"] = batch["student_spans"] + (sample * columns)[:, None]
-    out["teacher_spans"] = batch["teacher_spans"] + (sample * teacher_columns)[:, None]
-    return out
+    (teacher,) = batch["teachers"]
+    sample = torch.arange(len(batch["labels"])).repeat_interleave(teacher["span_offsets"].diff())
+
+    def padded(side, more):
+        fills = {"input_ids": 1, "attention_mask": 0, "labels": -100}
+        return {
+            name: nn.functional.pad(side[name], (0, more), value=fill)
+            for name, fill in fills.items()
+            if name in side
+        }
+
+    teacher = (
+        teacher
+        | padded(teacher, teacher_columns)
+        | {
+            "student_spans": teacher["student_spans"] + (sample * columns)[:, None],
+            "teacher_spans": teacher["teacher_spans"] + (sample * teacher_columns)[:, None],
+        }
+    )
+    return batch | padded(batch, columns) | {"teachers": [teacher]}
 
 
 def test_the_student_alone_is_saved(batch, tmp_path):
@@ -155,7 +165,7 @@ def test_the_student_alone_is_saved(batch, tmp_path):
 def test_cross_entropy_needs_no_teacher_and_is_that_of_transformers(batch):
     student = tiny.student_model(torch.float64)
     module = SpanDistiller(student, None, recipe("cross-entropy"))
-    assert module.projector is None
+    assert not module.projectors
     out, ours = gradients(module, batch)
     student.zero_grad()
     theirs = student(
@@ -167,7 +177,7 @@ def test_cross_entropy_needs_no_teacher_and_is_that_of_transformers(batch):
     torch.testing.assert_close(out.loss, theirs.double(), rtol=1e-6, atol=0)
     want = {f"student.{n}": p.grad for n, p in student.named_parameters()}
     assert_same(ours, want, rtol=1e-5, atol=1e-8)
-    assert {*out.keys()} == {"loss", "ce", "coverage"}
+    assert {*out.keys()} == {"loss", "ce", "coverage", "bits_per_byte"}
 
 
 def test_cross_entropy_takes_a_plain_batch(batch):
@@ -201,9 +211,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(batch, objective, parts):
 def test_counts():
     batch = tiny.collator()(tiny.ROWS[:3])
     tokens = int((batch["labels"] != -100).sum())
-    assert count_items([batch]).tolist() == [tokens, 3, len(batch["student_spans"])]
+    assert count_items([batch]).tolist() == [tokens, 3, len(batch["teachers"][0]["student_spans"])]
     assert count_items([batch, batch]).tolist() == [
-        2 * tokens, 6, 2 * len(batch["student_spans"])
+        2 * tokens, 6, 2 * len(batch["teachers"][0]["student_spans"])
     ]  # fmt: skip
     assert count_items([]).tolist() == [0, 0, 0]
 
@@ -221,80 +231,6 @@ def test_num_items_in_batch_in_every_form(batch):
         torch.testing.assert_close(
             2 * module(**batch, num_items_in_batch=given).loss, own.loss, rtol=1e-12, atol=0
         )
-
-
-# --- the cache ---
-
-
-class Counted(nn.Module):
-    """A teacher that counts the texts that it computes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.texts = 0
-        self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
-
-    def count(self, module, args, kwargs):
-        self.texts += len(kwargs["input_ids"])
-
-
-@pytest.mark.parametrize("objective", SPAN_RECIPES.values(), ids=SPAN_RECIPES)
-def test_the_cache_gives_the_loss_and_gradients_of_the_teacher(batch, objective):
-    teacher = tiny.teacher_model(torch.float64)
-    cached = distiller(objective, teacher=TeacherCache(teacher))
-    live = distiller(objective, teacher=teacher)
-    assert {*cached.state_dict()} == {*live.state_dict()}
-    backwards = tiny.collator()(tiny.ROWS[::-1])
-    alone = tiny.collator()(tiny.ROWS[2:3])
-    for given in (batch, batch, backwards, alone, wider(batch, 3, 4)):
-        want, want_grads = gradients(live, given)
-        got, got_grads = gradients(cached, given)
-        assert_same(dict(got), dict(want), rtol=1e-9, atol=1e-12)
-        assert_same(got_grads, want_grads, rtol=1e-9, atol=1e-12)
-
-
-def test_the_cache_computes_each_text_once(batch):
-    model = tiny.teacher_model()
-    counted = Counted(model)
-    cache = TeacherCache(model)
-    args = batch["teacher_input_ids"], batch["teacher_attention_mask"]
-    first = cache.states(*args)
-    assert counted.texts == len(tiny.ROWS)
-    tokens = int(args[1].sum())
-    assert cache.nbytes == tokens * (48 + 1) * 4
-    again = cache.states(*args)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = tiny.collator()([*tiny.ROWS[3:5], {"prompt": "new", "completion": "text"}])
-    cache.states(other["teacher_input_ids"], other["teacher_attention_mask"])
-    assert counted.texts == len(tiny.ROWS) + 1
-
-
-def test_the_cache_computes_a_text_once_even_if_a_batch_repeats_it():
-    model = tiny.teacher_model()
-    counted = Counted(model)
-    twice = tiny.collator()([tiny.ROWS[0], tiny.ROWS[1], tiny.ROWS[0]])
-    hidden, mass = TeacherCache(model).states(
-        twice["teacher_input_ids"], twice["teacher_attention_mask"]
-    )
-    assert counted.texts == 2
-    assert torch.equal(hidden[0], hidden[2])
-    assert torch.equal(mass[0], mass[2])
-
-
-def test_the_states_of_the_cache_are_those_of_the_model(batch):
-    model = tiny.teacher_model(torch.float64)
-    args = batch["teacher_input_ids"], batch["teacher_attention_mask"]
-    hidden, mass = TeacherCache(model).states(*args)
-    with torch.no_grad():
-        want_hidden, want_mass = model_states(model, *args)
-    real = args[1].bool()
-    torch.testing.assert_close(hidden[real], want_hidden[real])
-    torch.testing.assert_close(mass, want_mass)
-    assert hidden[~real].abs().max() == 0
-    assert not hidden.requires_grad
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 # --- where it runs ---
@@ -438,9 +374,10 @@ def test_heads_of_two_sizes_need_a_shared_vocabulary():
 
 def test_one_vocabulary_needs_none(batch):
     module = SpanDistiller(tiny.student_model(), tiny.student_model(seed=5), recipe("paper"))
-    same = {f"teacher_{name}": batch[name] for name in ("input_ids", "attention_mask")}
-    same["teacher_spans"] = batch["student_spans"]
-    out = module(**(batch | same))
+    same = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    (teacher,) = batch["teachers"]
+    same["teacher_spans"] = teacher["student_spans"]
+    out = module(**(batch | {"teachers": [teacher | same]}))
     assert out.logit > 0
 
 
@@ -465,7 +402,7 @@ def test_span_terms_need_a_teacher():
 
 def test_span_terms_need_the_batch_of_the_collator(batch):
     plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    with pytest.raises(ValueError, match=r"no 'teacher_input_ids'.*SpanCollator"):
+    with pytest.raises(ValueError, match=r"0 'teachers' and the distiller 1.*SpanCollator"):
         distiller()(**plain)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from sra.chat import render_prompt
 from sra.evaluation import bits_per_byte
-from sra.head import head_of
+from sra.model import head_of
 from tests.real_models import checkpoint
 
 ALPHABET = ["a", "b", "é", "\n"]
@@ -172,7 +172,7 @@ def test_training_mode_and_gradients_are_left_alone(byte_tokenizer):
     bits_per_byte(model, byte_tokenizer, [{"prompt": "x", "completion": "y"}])
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    with pytest.raises(KeyError, match="completion"):
+    with pytest.raises(KeyError):
         bits_per_byte(model, byte_tokenizer, [{"prompt": "x"}])
 
 
@@ -234,3 +234,44 @@ def test_token_across_the_boundary_is_left_out():
     nats = -sum(logits[i - 1, ids[i]].item() for i in range(joined + 1, len(ids)))
     found = bits_per_byte(model, tokenizer, [row], chat_template=False)
     assert found == pytest.approx(nats / math.log(2) / len(b"\nAn answer."), rel=1e-6)
+
+
+def test_a_text_is_predicted_from_its_first_token_on(bigram, characters):
+    # The first token has nothing before it: a, é cost 1 and 3 bits of "aaé", 1 + 2 bytes.
+    assert bits_per_byte(bigram, characters, [{"text": "aaé"}]) == pytest.approx(4 / 3)
+
+
+def test_of_a_conversation_what_the_assistant_says_counts(byte_tokenizer):
+    model = tiny_llama(len(byte_tokenizer))
+    said = [("user", "Grüße"), ("assistant", "ja, é"), ("user", "x y"), ("assistant", "🙂!")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    text = "<s>" + "".join(f"<|turn|>{role}: {content}" for role, content in said)
+    ids = byte_tokenizer(text, add_special_tokens=False).input_ids
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    # One token a byte but for the two special ones.
+    before = len("<|turn|>user: Grüße<|turn|>assistant: ".encode()) - 2 * len("<|turn|>") + 3
+    first = range(before, before + len("ja, é".encode()))
+    last = range(len(ids) - len("🙂!".encode()), len(ids))
+    bits = -sum(logits[i - 1, ids[i]].item() for i in [*first, *last]) / math.log(2)
+    found = bits_per_byte(model, byte_tokenizer, [{"messages": messages}])
+    assert found == pytest.approx(bits / (len(first) + len(last)), rel=1e-6)
+    one = [{"messages": messages[:2]}]
+    same = [{"prompt": "Grüße", "completion": "ja, é"}]
+    # The template writes another word for the assistant's role when it opens its turn.
+    assert bits_per_byte(model, byte_tokenizer, one, chat_template=False) == pytest.approx(
+        bits_per_byte(model, byte_tokenizer, same, chat_template=False), rel=1e-9
+    )
+
+
+def test_a_space_alone_counts_where_offsets_leave_it_out():
+    """Byte-level tokenizers that trim offsets give a lone space no width."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimmed = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert trimmed("a b", return_offsets_mapping=True).offset_mapping[1] == (2, 2)
+    model = tiny_llama(len(trimmed))
+    rows = [{"prompt": "q", "completion": " a  b "}]
+    assert bits_per_byte(model, trimmed, rows) == pytest.approx(naive(model, trimmed, rows))

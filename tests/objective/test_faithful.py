@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sra import SharedVocabulary, SpanAligner, SpanCollator, SpanDistiller, recipe
 from sra.chat import render_prompt
-from sra.distiller import model_states
 from sra.objective import salience
+from sra.states import model_states
 from sra_kernels import span_com
 from tests import tiny
 from tests.objective import faithful
@@ -68,11 +68,11 @@ def theirs(rows: Sequence[Row], **options: Any) -> dict[str, float]:
     aligner = collator().aligner
     terms = faithful.loss(
         module.student,
-        module.teacher,
+        module.teachers[0],
         aligner.student_tokenizer,
         aligner.teacher_tokenizer,
         rows,
-        module.projector.weight,
+        module.projectors[0].weight,
         **options,
     )
     return {name: value.item() for name, value in terms.items()}
@@ -124,7 +124,7 @@ def test_query_is_a_padding_token_in_a_real_model(smollm2):
     side = faithful.encode(tokenizer, [short, SKY], 512)
     with torch.no_grad():
         attention = faithful.run(model, side, "post-norm")[0].attentions[-1]
-        _, right = model_states(model, side.input_ids, side.attention_mask)
+        (right,) = model_states(model, side.input_ids, side.attention_mask).mass
     wrong = faithful.token_weights(attention)
     variation = (wrong - right).abs().sum(1) / 2
     assert variation[0].item() == pytest.approx(0.217, abs=0.01)
@@ -202,10 +202,11 @@ def test_a_sample_without_spans_gives_nan():
     assert torch.tensor([cut["cosine"], cut["geometry"], cut["loss"]]).isnan().all()
 
     batch = collator()([NILE, SUM])
-    kept = int(batch["span_offsets"][1])
-    batch["span_offsets"][2] = kept
+    teacher = batch["teachers"][0]
+    kept = int(teacher["span_offsets"][1])
+    teacher["span_offsets"][2] = kept
     for name in ("student_spans", "teacher_spans"):
-        batch[name] = batch[name][:kept]
+        teacher[name] = teacher[name][:kept]
     module = distiller()
     module.zero_grad()
     out = module(**batch)
@@ -284,7 +285,7 @@ def test_states_before_the_final_norm_meet_the_head(smollm2):
             for kind in ("post-norm", "pre-norm")
         ]
         right, wrong = (model.lm_head(state).log_softmax(-1) for state in states)
-        mine, _ = model_states(model, side.input_ids, side.attention_mask)
+        (mine,) = model_states(model, side.input_ids, side.attention_mask).hidden
     torch.testing.assert_close(mine[0, side.starts[0] :], states[0], rtol=1e-3, atol=1e-3)
     length = (states[1].norm(dim=-1) / states[0].norm(dim=-1)).mean()
     assert length.item() == pytest.approx(18.7, abs=1)
@@ -337,8 +338,9 @@ def test_padded_gather_against_rows_read_in_place():
     """Theirs copies hidden states into `[B, N, longest span]`: on 8 short rows 3.5 times the
     tokens that spans hold (a long row beside short ones makes it worse). Ours copies none."""
     batch = collator()(tiny.ROWS)
-    offsets = batch["span_offsets"].tolist()
-    pairs = batch["student_spans"].tolist()
+    (teacher,) = batch["teachers"]
+    offsets = teacher["span_offsets"].tolist()
+    pairs = teacher["student_spans"].tolist()
     samples = [pairs[a:b] for a, b in pairwise(offsets)]
     index, mask = faithful.gather_index(samples)
     assert index.numel() / mask.sum().item() == pytest.approx(3.5, abs=0.3)
@@ -352,5 +354,5 @@ def test_attention_weights_need_every_layer_s_matrix():
     out, _ = faithful.run(module.student, side, "post-norm")
     tokens = side.input_ids.shape[1]
     assert sum(layer.numel() for layer in out.attentions) == 2 * 4 * tokens**2
-    _, mass = model_states(module.student, batch["input_ids"], batch["attention_mask"])
-    assert mass.numel() == tokens
+    states = model_states(module.student, batch["input_ids"], batch["attention_mask"])
+    assert states.mass[0].numel() == tokens

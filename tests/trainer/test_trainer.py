@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from sra import SRAConfig, SRATrainer, TeacherCache, bits_per_byte
-from sra.trainer import LiveTerms, last_checkpoint
+from sra.progress import LiveTerms
+from sra.trainer import last_checkpoint
 from tests import tiny
 
 
@@ -156,7 +157,7 @@ def test_the_projector_has_its_own_rate_on_the_same_schedule(tmp_path):
     run.add_callback(rates)
     run.train()
     groups = run.optimizer.param_groups
-    projector = run.distiller.projector.weight
+    projector = run.distiller.projectors[0].weight
     assert [any(p is projector for p in g["params"]) for g in groups] == [False, False, True]
     assert groups[2]["weight_decay"] == 0
     held = sum(len(g["params"]) for g in groups)
@@ -172,7 +173,7 @@ def test_the_seed_decides_everything(tmp_path):
     for seed in (3, 3, 4):
         torch.manual_seed(torch.seed() % 1000)  # whatever was drawn before
         run = trainer(tmp_path / str(seed), seed=seed, max_steps=2)
-        start = weights(run)["projector.weight"]
+        start = weights(run)["projectors.0.weight"]
         run.train()
         ends.append((start, weights(run), logged(run, "loss")))
     assert torch.equal(ends[0][0], ends[1][0])
@@ -215,9 +216,9 @@ def test_a_checkpoint_is_a_plain_student_and_the_projector(tmp_path):
     now = weights(run)
     loaded = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     student = {f"student.{n}": p.detach() for n, p in loaded.named_parameters()}
-    assert_same(student | {"projector.weight": now["projector.weight"]}, now, rtol=0, atol=0)
+    assert_same(student | {"projectors.0.weight": now["projectors.0.weight"]}, now, rtol=0, atol=0)
     saved = load_file(folders[1] / "projector.safetensors")
-    assert torch.equal(saved["weight"], now["projector.weight"])
+    assert torch.equal(saved["0.weight"], now["projectors.0.weight"])
     tokenizer = AutoTokenizer.from_pretrained(folders[1])
     text = tiny.ROWS[2]["completion"]
     assert tokenizer(text).input_ids == tiny.student_tokenizer()(text).input_ids
@@ -376,7 +377,7 @@ def test_the_bar_shows_the_terms(tmp_path, capsys):
     assert any(isinstance(c, LiveTerms) for c in run.callback_handler.callbacks)
     run.train()
     shown = capsys.readouterr().err
-    for name in ("loss=", "ce=", "cosine=", "geometry=", "logit=", "bits_per_byte="):
+    for name in ("loss=", "ce=", "cosine=", "geometry=", "logit=", "bpb=", "agree=", "tok/s="):
         assert name in shown
 
 

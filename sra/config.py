@@ -1,0 +1,119 @@
+"""`SRAConfig`: what a run is made of, under the names that transformers and TRL use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from transformers import TrainingArguments
+
+from sra.objective import Objective, recipe
+
+OBJECTIVE_FIELDS = (
+    "alpha",
+    "gamma",
+    "power",
+    "temperature",
+    "cosine",
+    "logit",
+    "logit_state",
+    "outside",
+    "normaliser",
+)
+
+
+@dataclass
+class SRAConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what distillation adds; None keeps the recipe's."""
+
+    recipe: str = field(
+        default="boundary",
+        metadata={"help": 'The objective: "cross-entropy", "paper", "boundary".'},
+    )
+    alpha: float | None = field(default=None, metadata={"help": "Share of cross-entropy, 0 to 1."})
+    gamma: float | None = field(default=None, metadata={"help": "Weight of the geometry term."})
+    power: float | None = field(default=None, metadata={"help": "Exponent of span salience."})
+    temperature: float | None = field(default=None, metadata={"help": "Of the span logits."})
+    cosine: float | None = field(default=None, metadata={"help": "Weight of the cosine term."})
+    logit: float | None = field(default=None, metadata={"help": "Weight of the logit term."})
+    logit_state: str | None = field(default=None, metadata={"help": '"com" or "end".'})
+    outside: str | None = field(
+        default=None, metadata={"help": '"renormalise", "weight" or "bucket".'}
+    )
+    normaliser: str | None = field(default=None, metadata={"help": '"sequences" or "spans".'})
+    layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of the cosine term, each STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT; "
+            "negative ones count from the last, -1."
+        },
+    )
+    vocabulary_match: Literal["raw", "normalised"] = field(
+        default="raw", metadata={"help": 'Shared vocabulary: "raw" strings or "normalised".'}
+    )
+    granularity: Literal["token", "word", "sentence"] = field(
+        default="token", metadata={"help": 'Spans: "token", "word" or "sentence".'}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens kept of the student's side."})
+    teacher_max_length: int | None = field(
+        default=None, metadata={"help": "Tokens kept of the teacher's side (max_length if unset)."}
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Sequences one behind the other, without padding, on both sides."},
+    )
+    train_turns: Literal["assistant", "last", "all"] = field(
+        default="assistant",
+        metadata={"help": 'Turns of "messages" that are learnt: "assistant", "last", "all".'},
+    )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Of the terms of each teacher, if there are several."}
+    )
+    min_coverage: float = field(
+        default=0.9, metadata={"help": "Refuse to train when spans cover less of the data."}
+    )
+    agreement_spans: int = field(
+        default=32, metadata={"help": "Spans that agreement is measured on when a step is logged."}
+    )
+    projector_learning_rate: float = field(
+        default=5e-4, metadata={"help": "Of the projectors; they have no weight decay."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator needs the text."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept; the older ones are removed."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would remove the text. Leave it false.")
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"min_coverage = {self.min_coverage}: it is a share, 0 to 1.")
+        self.objective()
+        # A batch is made of rows of text: it cannot be cut into the ranks' parts afterwards.
+        cast(Any, self.accelerator_config).dispatch_batches = False
+
+    def objective(self) -> Objective:
+        """The recipe with the changes that are set.
+
+        Raises:
+            ValueError: a value that is out of its range, with its name.
+        """
+        changes = {name: getattr(self, name) for name in OBJECTIVE_FIELDS}
+        layers = ",".join(map(str, self.layers or ())).split(",")
+        changes["layers"] = tuple(map(_layer_pair, layers)) if self.layers else None
+        return recipe(self.recipe, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _layer_pair(text: str) -> tuple[int, int, float]:
+    parts = text.split(":")
+    try:
+        student, teacher, weight = (*parts, "1")[:3] if len(parts) < 4 else parts
+        return int(student), int(teacher), float(weight)
+    except ValueError:
+        raise ValueError(
+            f"layers: {text!r} is no pair of layers. Write STUDENT:TEACHER or "
+            'STUDENT:TEACHER:WEIGHT, such as "-1:-1" or "10:20:0.5".'
+        ) from None

@@ -1,0 +1,225 @@
+"""A causal language model of transformers in its two halves: the trunk, and the output layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class States(NamedTuple):
+    """What distillation reads from a model: one entry for each layer asked for.
+
+    hidden: ``[B, T, D]``, the layer's output; of the last layer, after the final norm.
+    mass: ``[B, T]`` fp32, detached: the layer's attention row of each sequence's last real token,
+        summed over heads, normalised over the sequence's tokens (arXiv 2605.01205).
+    """
+
+    hidden: tuple[Tensor, ...]
+    mass: tuple[Tensor, ...]
+
+    def rows(self, device: torch.device | None = None) -> States:
+        """``[B * T, D]`` and ``[B * T]``; a layer asked for twice stays one tensor."""
+        every = {id(x): x.flatten(0, 1).to(device) for x in (*self.hidden, *self.mass)}
+        return States(*(tuple(every[id(x)] for x in side) for side in self))
+
+
+class Head(NamedTuple):
+    """logits = softcap * tanh(scale * (states @ weight.T + bias) / softcap), where they are set."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def to(self, dtype: torch.dtype) -> Head:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+    def to_device(self, device: torch.device) -> Head:
+        bias = None if self.bias is None else self.bias.to(device)
+        return self._replace(weight=self.weight.to(device), bias=bias)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """``[..., V]`` in float32 or wider, of post-final-norm states ``[..., D]``."""
+        logits = F.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale is not None:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside what `torch.compile` and PEFT put around it.
+
+    Raises:
+        TypeError: an encoder-decoder model, or a PEFT adapter of virtual tokens.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise TypeError(
+                "The PEFT adapter puts virtual tokens before the text, which spans do not count. "
+                "Use one that changes the layers, such as LoRA."
+            )
+        model = model.get_base_model()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"{type(model).__name__} is an encoder-decoder model; spans need one sequence with the "
+            "prompt and the completion in it. Use a decoder-only model (AutoModelForCausalLM)."
+        )
+    return model
+
+
+def trunk_of(model: Any) -> Any:
+    """Everything below the output layer: gives post-final-norm states. LoRA layers stay inside.
+
+    Of a model that reads images or sound too, the part that reads text.
+    """
+    trunk = causal_lm(model).base_model
+    inner = getattr(trunk, "language_model", None)
+    return trunk if inner is None else inner.base_model
+
+
+def call_inside(module: Any, function: Callable[..., Any], **inputs: Any) -> Any:
+    """``function(**inputs)`` as the forward pass of `module`: what FSDP shards with a module
+    itself, and not with a part of it, is whole in that module's forward pass alone."""
+    if not hasattr(module, "unshard"):
+        return function(**inputs)
+    names = vars(module)
+    own = names.get("forward")  # Accelerate puts one there, for autocast
+    names["forward"] = function
+    try:
+        return module(**inputs)
+    finally:
+        del names["forward"]
+        if own is not None:
+            names["forward"] = own
+
+
+def run_trunk(model: Any, **inputs: Any) -> Any:
+    """The outputs of `trunk_of`, of a model that is sharded too."""
+    return call_inside(causal_lm(model), trunk_of(model), **inputs)
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal language model of transformers, adapters included; a sharded one is
+    gathered.
+
+    Raises:
+        TypeError: the model has no output embeddings, or its logits are made in a way that one
+            matrix and `Head`'s options do not describe.
+    """
+    model = causal_lm(model)
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise TypeError(
+            f"{type(model).__name__} has no output embeddings, so it predicts no tokens. Load it "
+            "with AutoModelForCausalLM."
+        )
+    for unit in (layer, model):
+        # The gradient of a gathered copy would not be reduced over the ranks, FSDP's own is.
+        if hasattr(unit, "unshard") and torch.is_grad_enabled() and _trained(layer):
+            unit.unshard()
+    config = model.config.get_text_config()
+    weight, bias = _weight(layer)
+    return Head(
+        weight,
+        bias,
+        scale=_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _scale(config: Any) -> float | None:
+    """What the logits are multiplied by."""
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        if getattr(config, name, None) is not None:  # Cohere, Falcon-H1, Muse
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None or config.model_type.startswith("hyperclovax"):
+        return scaling
+    return 1 / scaling  # Granite divides by what HyperCLOVA X, under this name, multiplies by
+
+
+def head_rows(model: Any) -> int:
+    """Entries of the vocabulary that the head has, padding rows included."""
+    weight = _weight(causal_lm(model).get_output_embeddings())[0]
+    return getattr(weight, "ds_shape", weight.shape)[0]  # DeepSpeed leaves a stub behind
+
+
+def place_teacher(teacher: Any, device: torch.device) -> None:
+    """Move a teacher to a device, as a Trainer moves the student alone. One that is somewhere on
+    purpose stays there: one that is sharded, or on a GPU already.
+
+    Raises:
+        ValueError: it was loaded under DeepSpeed's ZeRO-3.
+        RuntimeError: the ranks of a run hold different weights of it.
+    """
+    if not isinstance(teacher, nn.Module):
+        teacher.to(device)  # a cache
+        return
+    first = next(teacher.parameters())
+    if hasattr(first, "ds_id"):
+        raise ValueError(
+            "The teacher was loaded in DeepSpeed's parts (ZeRO-3), and no engine gathers them. "
+            "Load it before SRAConfig(deepspeed=...) is made: it is then whole on each rank."
+        )
+    if hasattr(first, "full_tensor"):
+        return
+    if first.device.type == "cpu":
+        teacher.to(device)
+    if dist.is_available() and dist.is_initialized():
+        _check_same_on_ranks(teacher)
+
+
+def _check_same_on_ranks(teacher: nn.Module) -> None:
+    floats = (p.detach() for p in teacher.parameters() if p.is_floating_point())
+    norm = sum(float(torch.linalg.vector_norm(p, 1, dtype=torch.float64)) for p in floats)
+    norms: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(norms, norm)
+    if not all(math.isclose(other, norms[0], rel_tol=1e-4) for other in norms):
+        raise RuntimeError(
+            "The teacher's weights differ between ranks (sums of absolute values: "
+            f"{', '.join(f'{x:.6g}' for x in norms)}). With fsdp_cpu_ram_efficient_loading, rank 0 "
+            "alone reads weights, and only the student's are passed on. Switch it off, or load the "
+            "same teacher on each rank."
+        )
+
+
+def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an output layer, whatever PEFT and FSDP made of it."""
+    if hasattr(layer, "modules_to_save"):  # a full copy that PEFT trains in the layer's place
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if hasattr(layer, "base_layer"):  # LoRA: the product of its two matrices is added
+        weight, bias = _weight(layer.base_layer)
+        if not (layer.merged or layer.disable_adapters):
+            for adapter in layer.active_adapters:
+                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+        return weight, bias
+    return _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
+
+
+def _trained(layer: Any) -> bool:
+    """Whether a parameter that FSDP holds in parts at the moment gets a gradient."""
+    return any(p.requires_grad and hasattr(p, "full_tensor") for p in layer.parameters())
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A sharded parameter, gathered."""
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()
+    if getattr(weight, "ds_shape", weight.shape) == weight.shape:
+        return weight
+    # DeepSpeed gathers by itself what a forward pass of its engine reads; this is outside of one.
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight):
+        return weight.detach().clone()

@@ -1,0 +1,212 @@
+"""The part of a report that runs the models: figures on held-out rows, and where they differ."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sra.alignment import SpanAligner
+from sra.collator import SpanCollator
+from sra.evaluation import bits_per_byte
+from sra.model import head_rows
+from sra.packages import load_model, load_tokenizer
+from sra.report import Report, SampleSpans
+from sra.span_comparison import ComparedRow, agreement_of, compare_spans
+from sra.token_bytes import byte_tokenizer
+from sra.vocabulary import SharedVocabulary
+
+MAX_SPANS = 400  # of a row that is shown; the figures are of all
+SHOWN_ROWS = 64
+
+
+def measure(
+    report: Report,
+    rows: Sequence[Mapping[str, Any]],
+    data: str,
+    *,
+    teacher: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 8,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Measure the run's models on held-out rows and put the figures and samples into `report`.
+
+    The student is the run's final one, or that of its newest checkpoint. A model that the run names
+    but that cannot be loaded here is left out, and the report says so.
+
+    Args:
+        rows: of any kind that `SpanCollator` takes.
+        data: their name, for the reader.
+        teacher: instead of the run's first teacher.
+        log: called with a line of text before each measurement.
+
+    Raises:
+        ValueError: the run has no student yet, or `teacher` cannot be loaded.
+    """
+    path = trained_student(report.folder)
+    config = report.run.get("config") or {}
+    length = config.get("max_length") or 512
+    tokenizer = load_tokenizer(path)
+    names = [str(name) for name in report.run.get("teachers") or []]
+    figures: dict[str, dict[str, float]] = {}
+    missing: list[str] = []
+
+    def score(side: str, model: Any, its_tokenizer: Any) -> None:
+        log(f"{side}: bits per byte of {len(rows):,} rows")
+        bits = bits_per_byte(model, its_tokenizer, rows, batch_size=batch_size, max_length=length)
+        figures[side] = {"bits_per_byte": bits}
+
+    reference = None
+    if teacher is not None:
+        reference = load_model(teacher).to(device), load_tokenizer(teacher)
+    elif names:
+        reference = _load(names[0], device, "the teacher", "Name it with --teacher.", missing)
+        if len(names) > 1:
+            others = ", ".join(names[1:])
+            missing.append(f"Figures of {others}: one teacher is measured. Choose by --teacher.")
+    else:
+        missing.append("The teacher: the run names none. Name it with --teacher.")
+    if reference is not None:
+        score("teacher", *reference)
+
+    students: dict[str, Any] = {}
+    if report.run.get("student"):
+        hint = "Run sra report where it can be loaded."
+        students["before"] = lambda: _load(
+            str(report.run["student"]), device, "the student before training", hint, missing
+        )
+    else:
+        missing.append("The student before training: the run does not name it.")
+    students["after"] = lambda: (load_model(path).to(device), tokenizer)
+    compared: list[ComparedRow] = []
+    for side, load in students.items():
+        student = load()
+        if student is None:
+            continue
+        score(side, *student)
+        if reference is not None:
+            log(f"{side}: spans of {min(len(rows), SHOWN_ROWS):,} rows")
+            compared = compare_spans(
+                student[0],
+                reference[0],
+                rows[:SHOWN_ROWS],
+                *_pair(student, reference, config, length),
+                batch_size=batch_size,
+            )
+            spans = [bits for row in compared for bits in row.divergence]
+            figures[side]["agreement"] = agreement_of(compared)
+            figures[side]["divergence"] = sum(spans) / len(spans)
+    report.figures = figures
+    report.source = f"Measured by this report on {len(rows):,} rows of {data}."
+    report.missing += missing
+    report.samples = sorted(
+        (
+            sample(number, row, spans, tokenizer)
+            for number, (row, spans) in enumerate(zip(rows, compared, strict=False))
+            if spans.spans
+        ),
+        key=lambda one: -one.divergence,
+    )
+
+
+def trained_student(folder: str | Path) -> Path:
+    """The folder of a run's final student, or of its newest whole checkpoint.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    folder = Path(folder)
+    checkpoints = sorted(
+        (path for path in folder.glob("checkpoint-[0-9]*") if (path / "config.json").exists()),
+        key=lambda path: int(path.name.removeprefix("checkpoint-")),
+    )
+    found = [*checkpoints, *(path for path in [folder / "student"] if path.is_dir())]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no student yet, neither {folder / 'student'} nor a checkpoint, so "
+            "there is nothing to measure. Leave --data out, or wait for the first checkpoint."
+        )
+    return found[-1]
+
+
+def sample(number: int, row: Mapping[str, Any], spans: ComparedRow, tokenizer: Any) -> SampleSpans:
+    """A row's text in pieces: its spans, and what lies between them.
+
+    A character that a span's border divides stands in the piece that completes it.
+    """
+    spelt = byte_tokenizer(tokenizer).token_bytes
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces: list[tuple[str, float | None, str | None, str | None]] = []
+
+    def text(begin: int, end: int) -> str:
+        return decoder.decode(b"".join(spelt[i] for i in spans.ids[begin:end]))
+
+    at = next((i for i, learnt in enumerate(spans.labelled) if learnt), len(spans.ids))
+    if spans.spans:
+        at = min(at, spans.spans[0][0])
+    for index, (begin, end) in enumerate(spans.spans[:MAX_SPANS]):
+        if at < begin:
+            pieces.append((text(at, begin), None, None, None))
+        bits = spans.divergence[index]
+        student, teacher = spans.student_top[index], spans.teacher_top[index]
+        tops = _token(tokenizer, student), _token(tokenizer, teacher)
+        pieces.append((text(begin, end), bits, *tops))
+        at = end
+    if len(spans.spans) > MAX_SPANS:
+        pieces.append((f" … {len(spans.spans) - MAX_SPANS:,} more spans", None, None, None))
+    return SampleSpans(
+        row=number,
+        context=context(row),
+        pieces=[piece for piece in pieces if piece[0]],
+        divergence=spans.mean_divergence,
+        agreement=spans.agreements / len(spans.spans),
+    )
+
+
+def context(row: Mapping[str, Any]) -> str:
+    """What a row's learnt text answers: its prompt, or what the user says first."""
+    messages = row.get("messages")
+    if messages:
+        said = (m.get("content") for m in messages if m.get("role") == "user")
+        return next((content for content in said if isinstance(content, str)), "")
+    return str(row.get("prompt") or "")
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    """A token as a reader sees it: · is a space, ⏎ a line break."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    shown = text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return f"“{shown}”" if shown else f"token {token}"
+
+
+def _load(
+    name: str, device: str, what: str, remedy: str, missing: list[str]
+) -> tuple[Any, Any] | None:
+    try:
+        return load_model(name).to(device), load_tokenizer(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        missing.append(f"Figures of {what}, {name}: {reason} {remedy}")
+        return None
+
+
+def _pair(
+    student: tuple[Any, Any], teacher: tuple[Any, Any], config: Mapping[str, Any], length: int
+) -> tuple[SpanCollator, SharedVocabulary]:
+    aligner = SpanAligner(student[1], teacher[1], granularity=config.get("granularity") or "token")
+    vocabulary = SharedVocabulary(
+        student[1],
+        teacher[1],
+        match=config.get("vocabulary_match") or "raw",
+        student_rows=head_rows(student[0]),
+        teacher_rows=head_rows(teacher[0]),
+    )
+    collator = SpanCollator(
+        aligner,
+        max_length=length,
+        teacher_max_length=config.get("teacher_max_length"),
+        train_turns=config.get("train_turns") or "assistant",
+    )
+    return collator, vocabulary

@@ -1,0 +1,236 @@
+"""What two models predict at the end of each span, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sra.model import Head, head_of, trunk_of
+from sra.vocabulary import SharedVocabulary
+from sra_kernels import span_kl
+
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """The spans of one row, and what both models expect to follow each.
+
+    Attributes:
+        ids: the student's tokens of the row.
+        labelled: which of them the student is trained on.
+        spans: half-open ranges of `ids`.
+        divergence: bits, KL(teacher ‖ student) of the next token after each span; what lies outside
+            the shared vocabulary counts as one more token.
+        student_top, teacher_top: the likeliest shared token of each side, as the student's id.
+    """
+
+    ids: list[int]
+    labelled: list[bool]
+    spans: list[tuple[int, int]]
+    divergence: list[float]
+    student_top: list[int]
+    teacher_top: list[int]
+
+    @property
+    def agreements(self) -> int:
+        """Spans after which both models expect the same token."""
+        return sum(s == t for s, t in zip(self.student_top, self.teacher_top, strict=True))
+
+    @property
+    def mean_divergence(self) -> float:
+        """Bits a span; nan for a row without spans."""
+        return sum(self.divergence) / len(self.spans) if self.spans else math.nan
+
+
+NOTHING = ComparedRow([], [], [], [], [], [])
+
+
+@torch.no_grad()
+def compare_spans(
+    student: Any,
+    teacher: Any,
+    rows: Sequence[Mapping[str, Any]],
+    collator: Any,
+    vocabulary: SharedVocabulary | None,
+    *,
+    batch_size: int = 8,
+) -> list[ComparedRow]:
+    """Both models read each row, and are compared where a span ends on both sides.
+
+    The last token of a span ends at the same character on both sides, so there both models predict
+    what follows the same text.
+
+    Args:
+        student, teacher: causal language models of transformers, each on its own device; their
+            training mode is left as it was. The teacher may be a cache of states.
+        rows: of any kind that `collator` takes.
+        collator: a `SpanCollator` of both tokenizers, of whose teachers the first is compared.
+        vocabulary: their `SharedVocabulary`; None if they have one vocabulary.
+        batch_size: rows in a forward pass.
+
+    Returns:
+        one `ComparedRow` a row, in order; without spans for a row that `collator` refuses, because
+        truncation leaves nothing of it, say.
+    """
+    models = [model for model in (student, teacher) if isinstance(model, nn.Module)]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        compared = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            kept, batch = _batch(part, collator)
+            found = iter(_compare(student, teacher, batch, vocabulary) if batch else ())
+            compared += [next(found) if keep else NOTHING for keep in kept]
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
+    return compared
+
+
+def span_agreement(
+    student: Any,
+    teacher: Any,
+    rows: Sequence[Mapping[str, Any]],
+    collator: Any,
+    vocabulary: SharedVocabulary | None,
+    *,
+    batch_size: int = 8,
+) -> float:
+    """The share of spans after which both models' likeliest shared token is the same, 0 to 1.
+
+    Arguments as for `compare_spans`.
+
+    Raises:
+        ValueError: there is no span in any row.
+    """
+    compared = compare_spans(student, teacher, rows, collator, vocabulary, batch_size=batch_size)
+    return agreement_of(compared)
+
+
+def agreement_of(compared: Sequence[ComparedRow]) -> float:
+    """`span_agreement` of rows that were compared already."""
+    spans = sum(len(row.spans) for row in compared)
+    if not spans:
+        raise ValueError(
+            "There is no span in any row, so there is nothing to compare. Look at the rows with "
+            "sra align, or choose another pair."
+        )
+    return sum(row.agreements for row in compared) / spans
+
+
+def _batch(
+    rows: Sequence[Mapping[str, Any]], collator: Any
+) -> tuple[list[bool], Mapping[str, Any] | None]:
+    """Which of the rows can be learnt from, and those as a batch."""
+    try:
+        return [True] * len(rows), collator(rows)
+    except ValueError:  # at least one cannot: most often truncation leaves nothing of it
+        kept = [_learnable(row, collator) for row in rows]
+    chosen = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    return kept, collator(chosen) if chosen else None
+
+
+def _learnable(row: Mapping[str, Any], collator: Any) -> bool:
+    try:
+        collator([row])
+    except ValueError:
+        return False
+    return True
+
+
+def _compare(
+    student: Any, teacher: Any, batch: Mapping[str, Any], vocabulary: SharedVocabulary | None
+) -> list[ComparedRow]:
+    theirs = batch["teachers"][0]
+    spans = theirs["student_spans"]
+    heads = head_of(student), head_of(teacher)
+    divergence, student_top, teacher_top = _at_ends(
+        _hidden(student, batch, heads[0].weight.device)[spans[:, 1] - 1],
+        _hidden(teacher, theirs, heads[1].weight.device)[theirs["teacher_spans"][:, 1] - 1],
+        *heads,
+        vocabulary,
+    )
+    ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
+    compared = []
+    for begin, end in _bounds(batch):
+        inside = ((spans[:, 0] >= begin) & (spans[:, 0] < end)).nonzero()[:, 0].tolist()
+        compared.append(
+            ComparedRow(
+                ids=ids[begin:end],
+                labelled=[label >= 0 for label in labels[begin:end]],
+                spans=[(a - begin, b - begin) for a, b in spans[inside].tolist()],
+                divergence=[divergence[i] for i in inside],
+                student_top=[student_top[i] for i in inside],
+                teacher_top=[teacher_top[i] for i in inside],
+            )
+        )
+    return compared
+
+
+def _hidden(model: Any, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    """``[rows, D]``: the post-final-norm states of a batch, flattened."""
+    given = {
+        name: batch[name].to(device)
+        for name in ("input_ids", "attention_mask", "position_ids")
+        if name in batch
+    }
+    if isinstance(model, nn.Module):
+        return trunk_of(model)(**given, use_cache=False).last_hidden_state.flatten(0, 1)
+    return model.states(**given).hidden[-1].flatten(0, 1)
+
+
+def _at_ends(
+    student_states: Tensor,
+    teacher_states: Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: SharedVocabulary | None,
+) -> tuple[list[float], list[int], list[int]]:
+    """Bits of divergence, and the likeliest shared token of each side as the student's id."""
+    device = student_states.device
+    shared = None
+    if vocabulary is not None:
+        shared = vocabulary.student_ids.to(device), vocabulary.teacher_ids.to(device)
+    divergence: list[float] = []
+    tops: tuple[list[int], list[int]] = [], []
+    width = max(student_head.weight.shape[0], teacher_head.weight.shape[0])
+    chunk = max(1, CHUNK_ELEMENTS // width)
+    for ours, theirs in zip(student_states.split(chunk), teacher_states.split(chunk), strict=True):
+        logits = student_head.logits(ours), teacher_head.logits(theirs).to(device)
+        nats = span_kl(
+            *logits,
+            temperature=1.0,
+            direction="forward",
+            vocab=shared,
+            outside="renormalise" if shared is None else "bucket",
+        )
+        divergence += (nats / math.log(2)).tolist()
+        for side, (top, values) in enumerate(zip(tops, logits, strict=True)):
+            if shared is None:
+                top += values.argmax(dim=-1).tolist()
+            else:
+                best = values.index_select(1, shared[side]).argmax(dim=-1)
+                top += shared[0][best].tolist()
+    return divergence, *tops
+
+
+def _bounds(batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The rows of each sequence in the flattened batch, without padding."""
+    if "attention_mask" not in batch:
+        starts = (batch["position_ids"].flatten() == 0).nonzero()[:, 0].tolist()
+        return list(zip(starts, [*starts[1:], batch["position_ids"].numel()], strict=True))
+    width = batch["input_ids"].shape[1]
+    bounds = []
+    for index, mask in enumerate(batch["attention_mask"]):
+        real = mask.nonzero()[:, 0]
+        begin = index * width + int(real[0])
+        bounds.append((begin, begin + len(real)))
+    return bounds

@@ -1,0 +1,65 @@
+"""Run a model for what distillation reads from it: hidden states, and the attention on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+
+from sra.attention import attention_of, record_attention_mass
+from sra.model import States, causal_lm, run_trunk, trunk_of
+
+
+def model_states(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    layers: Sequence[int] = (-1,),
+) -> States:
+    """Run a model's trunk, under any attention implementation.
+
+    Args:
+        input_ids: ``[B, T]``, with `attention_mask` ``[B, T]`` (padding on either side); or
+            ``[1, N]``, sequences one behind the other without padding, with `position_ids`
+            ``[1, N]`` that start from 0 in each.
+        layers: which decoder layers; negative ones count from the last, -1. The mass of one without
+            softmax attention is that of the nearest layer before it that has it.
+
+    Raises:
+        TypeError, IndexError, NotImplementedError: see `record_attention_mass`.
+    """
+    trunk = trunk_of(model)
+    count = trunk.config.get_text_config().num_hidden_layers
+    for layer in layers:
+        if not -count <= layer < count:
+            raise IndexError(
+                f"{type(causal_lm(model)).__name__} has {count} decoder layers; there is no "
+                f"{layer}. Layers are counted from 0, or from the last, -1."
+            )
+    chosen = [layer % count for layer in layers]
+    attentions = {layer: attention_of(model, layer) for layer in chosen}
+    inner = any(layer != count - 1 for layer in chosen)
+    if attention_mask is not None and position_ids is None:
+        # Positions count from the first real token: learnt ones differ behind padding on the left.
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    with ExitStack() as stack:
+        records = {
+            index: stack.enter_context(record_attention_mass(model, index))
+            for index in {*attentions.values()}
+        }
+        out = run_trunk(
+            model,
+            input_ids=input_ids,
+            **{name: x for name, x in given.items() if x is not None},
+            use_cache=False,
+            **({"output_hidden_states": True} if inner else {}),
+        )
+    hidden = [  # hidden_states[0] is the embedding
+        out.last_hidden_state if i == count - 1 else out.hidden_states[i + 1] for i in chosen
+    ]
+    return States(tuple(hidden), tuple(records[attentions[i]].mass for i in chosen))

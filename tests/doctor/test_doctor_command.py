@@ -1,0 +1,59 @@
+"""`sra doctor` as a command, on checkpoints small enough to train here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from sra.commands import doctor
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tuple(map(str, tiny.write_checkpoints(tmp_path_factory.mktemp("checkpoints"))))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return str(tiny.write_jsonl(tmp_path / "train.jsonl", tiny.ROWS))
+
+
+def run(*argv):
+    parser = argparse.ArgumentParser()
+    doctor.add(parser.add_subparsers())
+    args = parser.parse_args(["doctor", *map(str, argv), "--cpu", "--dtype", "float32"])
+    return args.run(args)
+
+
+def test_a_report_to_read(pair, data, capsys):
+    assert run(*pair, "--data", data) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tiny-student ← tiny-teacher, 8 rows: good")
+    for topic in ("coverage", "student head", "teacher attention", "memory", "time"):
+        assert f" {topic} " in said
+
+
+def test_a_report_for_programs(pair, data, capsys):
+    assert run(*pair, "--data", data, "--json", "--rows", "3", "--memory", "0.0001") == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["exit_code"]) == (3, 2)
+    assert told["plan"]["memory_bytes"]
+    memory = next(f for f in told["findings"] if f["topic"] == "memory")
+    assert memory["level"] == "warning"
+    assert memory["remedy"]
+
+
+def test_measured_steps(pair, data, capsys):
+    assert run(*pair, "--data", data, "--measure", "2") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured" in said
+    assert "bits per byte" in said
+    assert "the teacher gives the shared vocabulary" in said
+
+
+def test_a_count_that_is_none(pair, data):
+    with pytest.raises(ValueError, match="--rows 0: it must be at least 1"):
+        run(*pair, "--data", data, "--rows", "0")

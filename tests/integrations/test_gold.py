@@ -1,0 +1,317 @@
+"""`SpanULDLoss` in TRL's GOLDTrainer: by hand, against the text, and in real runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.trainer_callback import PrinterCallback
+
+from sra import SharedVocabulary, SpanAligner
+from sra.token_bytes import byte_tokenizer
+from sra_kernels import span_kl
+from tests import real_tokenizers, tiny
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+
+from datasets import Dataset
+from trl.experimental.gold import GOLDConfig, GOLDTrainer
+from trl.experimental.utils import encode_with_byte_offsets
+
+from sra.trl import SpanULDLoss
+
+IGNORED = -100
+
+
+def letters(vocabulary, merges):
+    """A tokenizer of the letters a, b, c with a few merges; </s> is 0."""
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(vocabulary)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+@functools.cache
+def sentencepiece_tokenizer():
+    """As Llama's: a space in front, ▁ for spaces, byte tokens for what has no piece."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trained.train_from_iterator(
+        ["The Nile flows through Egypt.", "print the sum of numbers 1, 2, 3"] * 4,
+        trainers.BpeTrainer(vocab_size=90, show_progress=False),
+    )
+    state = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *state["vocab"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            [tuple(merge) for merge in state["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+# --- by hand ---
+
+STUDENT = letters(["</s>", "a", "b", "c", "ab"], [("a", "b")])
+TEACHER = letters(["</s>", "c", "b", "a", "bc"], [("b", "c")])
+# The completion "abca": student ab|c|a, teacher a|bc|a. Both cut before it, after abc and after
+# abca, so positions before ab and a, before a and a, and before both ends are compared.
+STUDENT_LABELS = torch.tensor([[IGNORED, IGNORED, 4, 3, 1, 0]])
+TEACHER_LABELS = torch.tensor([[IGNORED, 3, 4, 3, 0]])
+
+
+@pytest.mark.parametrize(
+    ("skip", "student_at", "teacher_at"), [(True, [1, 3], [0, 2]), (False, [1, 3, 4], [0, 2, 3])]
+)
+def test_the_positions_by_hand(skip, student_at, teacher_at):
+    loss = SpanULDLoss(STUDENT, TEACHER, skip_student_eos=skip, skip_teacher_eos=skip)
+    pairs = loss.pairs(STUDENT_LABELS[0].numpy(), TEACHER_LABELS[0].numpy())
+    assert pairs.student.tolist() == student_at
+    assert pairs.teacher.tolist() == teacher_at
+    assert pairs.coverage == 1
+
+
+def test_the_loss_by_hand():
+    """Shared: a, b, c and the end. A student without opinion; a teacher of halves and eighths."""
+    student = torch.zeros(1, 6, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.full((1, 5, 5), 1 / 5, dtype=torch.float64)
+    teacher[0, 0] = torch.tensor([1, 1, 2, 4, 8]) / 16  # half of it on "bc", which is not shared
+    teacher[0, 2] = torch.tensor([1, 2, 1, 4, 0]) / 8
+    loss = SpanULDLoss(STUDENT, TEACHER)(
+        student, teacher.log(), STUDENT_LABELS, TEACHER_LABELS, None, None
+    )
+    # Inside the shared part: halves, quarters and two eighths at both places, 1.75 bits, against
+    # two bits; the first counts half. Divided by the student's four labels.
+    want = (0.5 + 1) * 0.25 * math.log(2) / 4
+    assert loss.item() == pytest.approx(want, rel=1e-12)
+    loss.backward()
+    # (p_student - p_teacher) on the shared entries, in the order </s>, a, b, c, ab.
+    want = torch.zeros(6, 5, dtype=torch.float64)
+    want[1] = 0.5 * torch.tensor([1 / 8, -1 / 4, 0, 1 / 8, 0]) / 4
+    want[3] = torch.tensor([1 / 8, -1 / 4, 1 / 8, 0, 0]) / 4
+    torch.testing.assert_close(student.grad[0], want, rtol=0, atol=1e-15)
+
+
+def test_cross_entropy_and_weights():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 6, 5), torch.randn(1, 5, 5)
+    inputs = student, teacher, STUDENT_LABELS, TEACHER_LABELS, None, None
+    kl = SpanULDLoss(STUDENT, TEACHER)(*inputs)
+    both = SpanULDLoss(STUDENT, TEACHER, crossentropy_weight=0.25, distillation_weight=3)(*inputs)
+    ce = torch.nn.functional.cross_entropy(student[0, :-1], STUDENT_LABELS[0, 1:])
+    torch.testing.assert_close(both, 0.25 * ce + 3 * kl)
+
+
+def test_nothing_to_compare():
+    labels = torch.full((1, 4), IGNORED)
+    student = torch.randn(1, 4, 5, requires_grad=True)
+    loss = SpanULDLoss(STUDENT, TEACHER)(student, torch.randn(1, 4, 5), labels, labels, None, None)
+    loss.backward()
+    assert loss.item() == 0
+    assert not student.grad.any()
+
+
+# --- any tokenizer ---
+
+TEXTS = [row["completion"] for row in tiny.ROWS] + [" two  spaces ", "\tx\n\n", "naïve café", "Ａ①"]
+
+
+def assert_pairs_are_the_aligners(student, teacher, texts):
+    """From the ids alone as the aligner has them from the text; 3 tokens stand before it."""
+    loss = SpanULDLoss(student, teacher)
+    aligner = SpanAligner(loss.student, loss.teacher)
+    for text in texts:
+        table = aligner(text)
+        want = list(zip(table.student[:, 0].tolist(), table.teacher[:, 0].tolist(), strict=True))
+        ends = table.student[-1, 1], table.teacher[-1, 1]
+        if ends[0] < len(table.student_ids) and ends[1] < len(table.teacher_ids):
+            want.append(ends)  # what follows the last span
+        labels = [
+            np.concatenate([np.full(3, IGNORED), ids])
+            for ids in (table.student_ids, table.teacher_ids)
+        ]
+        pairs = loss.pairs(*labels)
+        got = list(zip(pairs.student.tolist(), pairs.teacher.tolist(), strict=True))
+        assert got == [(s + 2, t + 2) for s, t in want], text
+        assert pairs.coverage == pytest.approx(table.coverage), text
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_sentencepiece_on_either_side(side):
+    pair = tiny.student_tokenizer(), sentencepiece_tokenizer()
+    assert_pairs_are_the_aligners(*(pair if side == "teacher" else pair[::-1]), TEXTS)
+
+
+@functools.cache
+def gpt2():
+    return byte_tokenizer(real_tokenizers.load("gpt2"))
+
+
+@pytest.mark.parametrize("teacher", ["mistral-v1", "unigram-en", "bert"])
+def test_real_tokenizers_that_normalise(teacher):
+    assert_pairs_are_the_aligners(gpt2(), real_tokenizers.load(teacher), TEXTS)
+
+
+# --- in GOLDTrainer ---
+
+
+def gold_trainer(tmp_path, teacher_tokenizer=None, dtype=torch.float32, **options):
+    teacher_tokenizer = teacher_tokenizer or tiny.teacher_tokenizer()
+    teacher_tokenizer.save_pretrained(tmp_path / "teacher")
+    options = {
+        "use_uld_loss": True,
+        "use_extended_uld": False,
+        "beta": 0.0,
+        "lmbda": 0.0,
+        "max_completion_length": 16,
+        "max_length": 128,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | options
+    config = GOLDConfig(
+        output_dir=str(tmp_path / "run"),
+        teacher_tokenizer_name_or_path=str(tmp_path / "teacher"),
+        **options,
+    )
+    made = GOLDTrainer(
+        tiny.student_model(dtype),
+        tiny.teacher_model(dtype),
+        config,
+        train_dataset=Dataset.from_list(tiny.ROWS),
+        eval_dataset=Dataset.from_list(tiny.ROWS[:4]),
+        processing_class=tiny.student_tokenizer(),
+    )
+    made.pop_callback(PrinterCallback)
+    return made
+
+
+def logged(trainer, key):
+    return [log[key] for log in trainer.state.log_history if key in log]
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_two_steps(tmp_path, kind, on_policy):
+    teacher_tokenizer = sentencepiece_tokenizer() if kind == "sentencepiece" else None
+    trainer = gold_trainer(tmp_path, teacher_tokenizer, lmbda=on_policy)
+    trainer.uld_loss_fn = SpanULDLoss.for_trainer(trainer)
+    before = trainer.evaluate()["eval_loss"]
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert len(losses) == 2
+    assert all(math.isfinite(x) and x > 0 for x in losses)
+    assert all(0.2 < x < 1 for x in logged(trainer, "shared_mass"))
+    assert min(logged(trainer, "span_coverage")) > 0.9
+    assert any(
+        (p - q).abs().max() > 1e-4 for p, q in zip(trainer.model.parameters(), start, strict=True)
+    )
+    if not on_policy:
+        assert trainer.evaluate()["eval_loss"] < before  # fmt: skip
+
+
+def test_trl_refuses_sentencepiece():
+    """What the way around is for; if this fails, TRL aligns them by itself."""
+    with pytest.raises(NotImplementedError, match="ByteLevel"):
+        encode_with_byte_offsets(sentencepiece_tokenizer().backend_tokenizer, ["The Nile"])
+
+
+def test_byte_offsets_of_trl_are_no_hindrance(tmp_path):
+    """use_extended_uld=True, as it is by default, where TRL takes both tokenizers."""
+    losses = []
+    for extended in (False, True):
+        trainer = gold_trainer(tmp_path / str(extended), use_extended_uld=extended)
+        trainer.uld_loss_fn = SpanULDLoss.for_trainer(trainer)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    """4 rows a step as 1, 2 and 4 micro-batches, in float64: the same parameters after 2 steps."""
+    ends = []
+    for micro in (1, 2, 4):
+        trainer = gold_trainer(
+            tmp_path / str(micro), dtype=torch.float64, optim="sgd", learning_rate=1.0,
+            per_device_train_batch_size=4 // micro, gradient_accumulation_steps=micro,
+            uld_crossentropy_weight=0.5, max_grad_norm=1e9,
+        )  # fmt: skip
+        start = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.uld_loss_fn = SpanULDLoss.for_trainer(trainer)
+        trainer.train()
+        ends.append(([p.detach() for p in trainer.model.parameters()], logged(trainer, "loss")))
+        assert any((p - q).abs().max() > 1e-3 for p, q in zip(ends[-1][0], start, strict=True))
+    for parameters, losses in ends[1:]:
+        for p, q in zip(parameters, ends[0][0], strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+        assert losses == pytest.approx(ends[0][1], rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_beta_means_what_it_means_there(tmp_path, beta):
+    options = SpanULDLoss.for_trainer(gold_trainer(tmp_path, beta=beta)).options
+    student, teacher = (torch.randn(3, 20, dtype=torch.float64) for _ in range(2))
+    theirs = GOLDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="batchmean")
+    torch.testing.assert_close(span_kl(student, teacher, **options).mean(), theirs)
+
+
+def test_changes_come_before_the_configuration(tmp_path):
+    loss = SpanULDLoss.for_trainer(gold_trainer(tmp_path), outside="bucket", temperature=2.0)
+    assert loss.options["outside"] == "bucket"
+    assert loss.options["temperature"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"uld_use_hybrid_loss": True}, "no unmatched part"),
+        ({"uld_teacher_temperature": 2.0}, "one temperature"),
+        ({"use_uld_loss": False}, "Set use_uld_loss=True"),
+    ],
+)
+def test_what_it_cannot_be(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        SpanULDLoss.for_trainer(gold_trainer(tmp_path, **options))
+
+
+def test_the_vocabulary_is_of_the_heads(tmp_path):
+    loss = SpanULDLoss(tiny.student_tokenizer(), tiny.teacher_tokenizer())
+    shared = loss._shared(tiny.STUDENT_ROWS, tiny.TEACHER_ROWS, "cpu")
+    want = SharedVocabulary(tiny.student_tokenizer(), tiny.teacher_tokenizer(), match="normalised")
+    assert torch.equal(shared[0], want.student_ids)
+    assert torch.equal(shared[1], want.teacher_ids)

@@ -1,0 +1,166 @@
+"""The output layer in every form it has: what it predicts, and what its gradient costs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from sra import SpanDistiller, recipe
+from sra.model import head_of
+from sra.states import model_states
+from tests import tiny
+from tests.models.families import FAMILIES, NAMES, build
+from tests.objective import plain
+
+IDS = torch.arange(3, 20)[None]
+
+
+def distiller(student, teacher=None, objective="paper", **changes):
+    torch.manual_seed(0)
+    return SpanDistiller(
+        student,
+        teacher or tiny.teacher_model(torch.float64),
+        recipe(objective, **changes),
+        vocabulary=tiny.vocabulary(),
+    )
+
+
+def lora(student, **options):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    wrapped = peft.get_peft_model(student, peft.LoraConfig(r=3, **options)).double()
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    return wrapped
+
+
+HEADS = {
+    "tied": lambda: tiny.student_model(torch.float64, tied=True),
+    "untied": lambda: tiny.student_model(torch.float64, tied=False),
+    "LoRA": lambda: lora(tiny.student_model(torch.float64, tied=False), target_modules=["lm_head"]),
+    "saved whole": lambda: lora(
+        tiny.student_model(torch.float64, tied=False),
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_of_a_wrapped_head(name):
+    model = HEADS[name]().eval()
+    with torch.no_grad():
+        logits = head_of(model).logits(model_states(model, IDS).hidden[0])
+        torch.testing.assert_close(logits, model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tied_head_has_the_gradients_of_both_its_uses():
+    tied = tiny.student_model(torch.float64, tied=True)
+    untied = tiny.student_model(torch.float64, tied=False)
+    untied.load_state_dict(tied.state_dict())
+    for model in (tied, untied):
+        distiller(model)(**tiny.collator()(tiny.ROWS)).loss.backward()
+    both = untied.lm_head.weight.grad + untied.model.embed_tokens.weight.grad
+    torch.testing.assert_close(tied.lm_head.weight.grad, both)
+
+
+class OfShape(TorchDispatchMode):
+    """Counts the tensors of a shape that operations make."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
+        self.count += sum(x.shape in (self.shape, self.shape[::-1]) for x in tensors)
+        return out
+
+
+@pytest.mark.parametrize("objective", ["paper", "boundary"])
+def test_no_gradient_of_a_frozen_head_is_computed(objective):
+    made = {}
+    for trained in (True, False):
+        student = tiny.student_model(torch.float64, tied=False)
+        student.lm_head.requires_grad_(trained)
+        student.model.embed_tokens.requires_grad_(False)  # of the same shape
+        loss = distiller(student, objective=objective)(**tiny.collator()(tiny.ROWS)).loss
+        with OfShape(student.lm_head.weight.shape) as counter:
+            loss.backward()
+        made[trained] = counter.count
+        assert (student.lm_head.weight.grad is not None) == trained
+        assert student.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+    views = made[False]  # the weight itself, transposed for the gradient of the states
+    assert made[True] > views
+    student.lm_head.weight.requires_grad_(False)
+    assert views <= 4
+
+
+@pytest.mark.parametrize("outside", ["renormalise", "weight"])
+def test_rows_that_no_token_has_change_no_span_term(outside):
+    """Heads are padded to round sizes; whatever such a row predicts, spans do not see it."""
+    teacher = tiny.teacher_model(torch.float64)
+    student = tiny.student_model(torch.float64, tied=False)
+    batch = tiny.collator()(tiny.ROWS)
+    with torch.no_grad():
+        want = distiller(student, teacher, outside="renormalise")(**batch)
+        student.lm_head.weight[tiny.STUDENT_ENTRIES :] *= 30
+        teacher.lm_head.weight[tiny.TEACHER_ENTRIES :] *= 30
+        got = distiller(student, teacher, outside=outside)(**batch)
+    assert got.ce > want.ce
+    for term in ("cosine", "geometry"):
+        torch.testing.assert_close(got[term], want[term])
+    if outside == "renormalise":
+        torch.testing.assert_close(got.logit, want.logit)
+    else:  # the teacher's probability that lies on such rows is not shared
+        assert got.logit < want.logit
+
+
+SPECIAL = ["phi-partial-rotary-bias", "cohere-logit-scale", "gemma2-softcaps-windows"]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("outside", ["renormalise", "bucket"])
+def test_the_logit_term_is_that_of_the_model_s_own_logits(name, outside):
+    """A bias, a scale and a softcap on both sides, against the softmax of `model(...).logits`."""
+    assert name in NAMES
+    student, teacher = build(name, tiny.STUDENT_ROWS), build(name, tiny.TEACHER_ROWS)
+    module = distiller(student, teacher, logit_state="end", outside=outside, normaliser="spans")
+    batch = tiny.collator()(tiny.ROWS)
+    with torch.no_grad():
+        got = module(**batch).logit
+        own = student(batch["input_ids"], batch["attention_mask"]).logits.flatten(0, 1).double()
+        (of,) = batch["teachers"]
+        other = teacher(of["input_ids"], of["attention_mask"]).logits.flatten(0, 1).double()
+        ids = tiny.vocabulary().student_ids, tiny.vocabulary().teacher_ids
+        values = [
+            plain.divergence(
+                own[a - 1], other[b - 1], ids,
+                temperature=2.0, outside=outside, direction="forward", beta=None,
+            )
+            for (_, a), (_, b) in zip(of["student_spans"], of["teacher_spans"], strict=True)
+        ]  # fmt: skip
+    want = torch.stack(values).mean()
+    assert want > 0.01
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
+
+
+def test_the_special_heads_are_special():
+    for name in SPECIAL:
+        head = head_of(build(name, 64))
+        assert sum(x is not None for x in (head.bias, head.scale, head.softcap)) == 1, name
+    assert set(SPECIAL) <= set(FAMILIES)
+
+
+def test_a_deep_copy_of_the_student_can_teach_it():
+    student = tiny.student_model(torch.float64)
+    teacher = copy.deepcopy(student)
+    module = SpanDistiller(student, teacher, recipe("boundary"))
+    assert all(p.requires_grad for p in module.student.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
