@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sra.data import IGNORED
-from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, trunk_of
+from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, state_width, trunk_of
 from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
 from sra.states import States, model_states
 from sra.tied import with_tied, without_tied
@@ -120,7 +120,7 @@ class SpanDistiller(nn.Module):
             if isinstance(one, nn.Module):
                 one.eval().requires_grad_(False)
             if objective.cosine:
-                self.projectors.extend(self._projector(one) for _ in objective.layers)
+                self.projectors.extend(self._projector(one, *pair[:2]) for pair in objective.layers)
 
     def _check_teachers(self) -> None:
         if not self.teachers or None in self.teachers:
@@ -142,11 +142,11 @@ class SpanDistiller(nn.Module):
                 )
             _check_vocabulary(self.student, teacher, vocabulary)
 
-    def _projector(self, teacher: Any) -> nn.Linear:
+    def _projector(self, teacher: Any, own: int, other: int) -> nn.Linear:
         weight = next(p for p in self.student.parameters() if p.is_floating_point())
         projector = nn.Linear(
-            self.student.config.get_text_config().hidden_size,
-            teacher.config.get_text_config().hidden_size,
+            state_width(self.student, own),
+            state_width(teacher, other),
             bias=False,
             dtype=weight.dtype,
             device=weight.device,
@@ -282,7 +282,7 @@ class SpanDistiller(nn.Module):
         if not isinstance(teacher, nn.Module):
             if inputs["input_ids"].numel():
                 return teacher.states(**inputs, layers=layers)
-            width = teacher.config.get_text_config().hidden_size
+            width = state_width(teacher, -1)
             hidden = batch["input_ids"].new_zeros(1, 1, width, dtype=torch.float32)
             return States((hidden,) * len(layers), (hidden[..., 0],) * len(layers))
         if not inputs["input_ids"].numel():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,8 +151,19 @@ def _scale(config: Any) -> float | None:
 
 def head_rows(model: Any) -> int:
     """Entries of the vocabulary that the head has, padding rows included."""
+    return _head_shape(model)[0]
+
+
+def state_width(model: Any, layer: int) -> int:
+    """Of a layer's states. The last ones are as wide as the head (OPT-350m narrows them)."""
+    config = model.config.get_text_config()
+    last = layer in (-1, config.num_hidden_layers - 1)
+    return _head_shape(model)[1] if last else config.hidden_size
+
+
+def _head_shape(model: Any) -> Sequence[int]:
     weight = _weight(causal_lm(model).get_output_embeddings())[0]
-    return getattr(weight, "ds_shape", weight.shape)[0]  # DeepSpeed leaves a stub behind
+    return getattr(weight, "ds_shape", weight.shape)  # DeepSpeed leaves a stub behind
 
 
 def place_teacher(teacher: Any, device: torch.device) -> None:

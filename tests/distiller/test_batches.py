@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
 )
 
 from sra import SpanAligner, SpanCollator, SpanDistiller, count_items, recipe
@@ -219,6 +220,19 @@ def test_layers_are_a_mean_by_weight():
 def test_layers_that_are_none(layers):
     with pytest.raises(ValueError, match="give one or more pairs"):
         recipe("paper", layers=layers)
+
+
+def test_last_states_that_are_narrower_than_the_layers():
+    """OPT-350m: the head reads 16 of what the layers hold in 32."""
+    config = OPTConfig(
+        vocab_size=tiny.STUDENT_ROWS, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48,
+        num_hidden_layers=2, num_attention_heads=4, dropout=0.0, do_layer_norm_before=False,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    out, grads = gradient(distiller(student=student), collator()(tiny.ROWS))
+    assert out.loss.isfinite()
+    assert [tuple(grads[f"projectors.{i}.weight"].shape) for i in (0, 1)] == [(48, 32), (48, 16)]
 
 
 def test_a_layer_that_is_not_there():
