@@ -109,6 +109,10 @@ COMMON = (
     "report_to", "run_name", "seed", "use_cpu", "dataloader_num_workers",
 )  # fmt: skip
 
+OWN_WORDS = {
+    "gradient_checkpointing": "Compute activations again in the backward pass, to save memory.",
+}
+
 
 def parse(argv: Sequence[str]) -> tuple[DistillArguments, SRAConfig]:
     """The arguments of `sra distill [FILE.yaml] [STUDENT [TEACHER ...]] [--name value ...]`.
@@ -148,6 +152,8 @@ def _settle(given: dict[str, list[str]]) -> None:
     """What follows from the rest, unless it is said."""
     if "eval_steps" in given and "eval_data" in given:
         given.setdefault("eval_strategy", ["steps"])
+    if not torch.cuda.is_available():
+        given.setdefault("dataloader_pin_memory", ["false"])
     if "eval_data" in given:
         given.setdefault("eval_on_start", ["true"])  # a run's report shows before and after
     dtype = given.get("dtype", ["auto"])[0]
@@ -246,7 +252,7 @@ def help_text(*, every: bool = False) -> str:
             short = f" (or --{back[name]})" if name in back else ""
             default = DEFAULTS.get(name, action.default)
             unset = callable(default) or default in (None, "", False, [])
-            text = " ".join((action.help or "").split())
+            text = " ".join((OWN_WORDS.get(name) or action.help or "").split())
             if name not in objective and name not in own:
                 text = text.split(". ")[0].rstrip(".") + "."
             lines += _wrapped(f"--{name}{short}", text if unset else f"{text} [{default}]")

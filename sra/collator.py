@@ -244,6 +244,15 @@ class SpanCollator:
         return batch, starts
 
 
+def sequence_ids(batch: Mapping[str, Any], index: int) -> list[int]:
+    """The token ids of one sequence of a batch, with or without padding."""
+    if "attention_mask" in batch:
+        return batch["input_ids"][index][batch["attention_mask"][index].bool()].tolist()
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], batch["input_ids"].shape[1]]
+    return batch["input_ids"][0, starts[index] : ends[index]].tolist()
+
+
 def check_coverage(
     rows: Iterable[Mapping[str, Any]], collator: SpanCollator, minimum: float
 ) -> float:

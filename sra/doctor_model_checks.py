@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sra.doctor_checks import FEW, Finding, Level, Sample, Side
+from sra.model import logit_scale
 
 PROBE = "  two  spaces\n"
 
@@ -183,11 +184,7 @@ def heads(side: Side) -> list[Finding]:
         said.append("tied to the embedding")
     if softcap := getattr(text, "final_logit_softcapping", None):
         said.append(f"logits capped at {softcap:g}")
-    scale = getattr(text, "logit_scale", None)
-    divisor = getattr(text, "logits_scaling", None)
-    if divisor and divisor != 1:
-        scale = 1 / divisor
-    if scale not in (None, 1, 1.0):
+    if (scale := logit_scale(text)) not in (None, 1, 1.0):
         said.append(f"logits times {scale:g}")
     return [Finding("ok", topic, "; ".join(said))]
 

@@ -133,12 +133,12 @@ def head_of(model: Any) -> Head:
     return Head(
         weight,
         bias,
-        scale=_scale(config),
+        scale=logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
 
 
-def _scale(config: Any) -> float | None:
+def logit_scale(config: Any) -> float | None:
     """What the logits are multiplied by."""
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         if getattr(config, name, None) is not None:  # Cohere, Falcon-H1, Muse

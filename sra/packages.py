@@ -201,7 +201,8 @@ def fetch_instructions(language: str = "en", *, log: Log = print) -> list[dict[s
 
 
 def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any) -> str:
-    """What ``from_pretrained`` takes, for a name of ``MODELS``, a checkpoint folder or a hub id.
+    """What ``from_pretrained`` takes, for a name of ``MODELS``, a checkpoint folder (of a PEFT
+    adapter too) or a hub id.
 
     A model that cannot be read is found here, before a run writes anything: the configuration is
     loaded, and the header of each local safetensors file is read (a truncated file fails there).
@@ -230,6 +231,10 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any)
                     f"Cannot read {weights}: {error}. The file is damaged: copy the model again."
                 ) from error
         name = str(folder)
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():  # a PEFT adapter: its model is what must be readable
+            resolve_model(json.loads(adapter.read_text())["base_model_name_or_path"], log=log)
+            return name
     try:
         AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -106,17 +106,16 @@ def read_run(folder: str | Path) -> Report:
         (state or {}).get("global_step", 0),
         (state or {}).get("max_steps") or None,
     )
-    report.figures = {
+    measured = {
         side: {k: float(v) for k, v in known.items() if isinstance(v, int | float)}
         for side in SIDES
         if isinstance(known := report.run.get(side), Mapping)
     }
-    if report.figures:
+    report.figures = {**_figures_of(report.history), **measured}
+    if measured:
         report.source = "Measured by the trainer on its held-out rows."
-    else:
-        report.figures = _figures_of(report.history)
-        if report.figures:
-            report.source = "From the run's last evaluation on its held-out rows."
+    elif report.figures:
+        report.source = "From the run's last evaluation on its held-out rows."
     report.missing = _missing(report, run is None, state is None)
     return report
 

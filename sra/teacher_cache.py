@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,17 @@ class DiskCache(_Remembered):
             "and chat template as in training), or pass the model too: DiskCache(folder, teacher)."
         )
 
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ValueError unless it holds the states of these layers."""
+        stored = self.manifest.layers
+        for layer in layers:
+            if layer not in stored:
+                raise ValueError(
+                    f"{self.folder} holds layers {', '.join(map(str, stored))} of "
+                    f"{self.manifest.teacher}, and layer {layer} is asked for. Ask for a stored "
+                    f"one, or write another folder: sra cache ... --layers {layer}"
+                )
+
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of the shards."""
@@ -236,14 +247,7 @@ class DiskCache(_Remembered):
         return self._open[number]
 
     def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int]) -> list[States]:
-        stored = self.manifest.layers
-        for layer in layers:
-            if layer not in stored:
-                raise ValueError(
-                    f"{self.folder} holds layers {', '.join(map(str, stored))} of "
-                    f"{self.manifest.teacher}, and layer {layer} is asked for. Ask for a stored "
-                    f"one, or write another folder: sra cache ... --layers {layer}"
-                )
+        self.check_layers(layers)
         self.check(sequences)
         places = [self._places.get(key_of(ids)) for ids in sequences]
         missing = [i for i, place in enumerate(places) if place is None]
@@ -258,6 +262,25 @@ class DiskCache(_Remembered):
             else self._shard(place[0]).row(place[1], layers, self.dtype)
             for place in places
         ]
+
+
+def check_caches(
+    teachers: Sequence[Any], collator: Any, rows: Iterable[Mapping[str, Any]], layers: Sequence[int]
+) -> None:
+    """Raise ValueError unless those teachers that are on disk hold the states that training on
+    these rows reads."""
+    caches = {k: teacher for k, teacher in enumerate(teachers) if isinstance(teacher, DiskCache)}
+    for cache in caches.values():
+        cache.check_layers(layers)
+    if not caches:
+        return
+    sequences: dict[int, list[Tensor]] = {k: [] for k in caches}
+    for number, row in enumerate(rows):
+        for k, table in collator.example(row, f"Row {number}").tables.items():
+            if k in caches:
+                sequences[k].append(torch.from_numpy(table.teacher_ids))
+    for k, cache in caches.items():
+        cache.check(sequences[k])
 
 
 def sequence_rows(

@@ -15,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sra import run_record
 from sra.alignment import SpanAligner
-from sra.collator import SpanCollator, check_coverage
+from sra.collator import SpanCollator, check_coverage, sequence_ids
 from sra.config import SRAConfig
 from sra.data import RowStream, check_row
 from sra.distiller import SpanDistiller, count_items
@@ -23,6 +23,7 @@ from sra.evaluation import bits_per_byte
 from sra.model import call_inside, causal_lm, head_rows, place_teacher
 from sra.progress import LiveTerms, Speed, peak_gib, reset_peak
 from sra.run_record import last_checkpoint
+from sra.teacher_cache import check_caches
 from sra.vocabulary import SharedVocabulary
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -92,7 +93,9 @@ class SRATrainer(Trainer):
         self.coverage: float | None = None
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
             minimum = args.min_coverage if objective.needs_teacher else 0.0
-            coverage = check_coverage(_evenly(train_dataset, CHECKED_ROWS), collator, minimum)
+            checked = list(_evenly(train_dataset, CHECKED_ROWS))
+            coverage = check_coverage(checked, collator, minimum)
+            check_caches(_listed(teacher_model), collator, checked, objective.side(1))
             self.coverage = coverage if objective.needs_teacher else None
         for number, row in enumerate(eval_dataset or ()):
             check_row(row, f"Row {number} of eval_dataset")
@@ -242,7 +245,7 @@ class SRATrainer(Trainer):
         mean = sum(self._covered) / len(self._covered)
         if len(self._covered) == 50 and mean < self.sra_args.min_coverage:
             worst = min(range(len(shares)), key=shares.__getitem__)
-            snippet = cast(Any, self.processing_class).decode(_sequence(inputs, worst)[-60:])
+            snippet = cast(Any, self.processing_class).decode(sequence_ids(inputs, worst)[-60:])
             raise RuntimeError(
                 f"Spans cover {mean:.1%} of the last 50 batches (minimum "
                 f"{self.sra_args.min_coverage:.0%}). Worst of the last one, with "
@@ -387,12 +390,3 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, value in state.items()
         if name.startswith(prefix)
     }
-
-
-def _sequence(inputs: Mapping[str, Any], index: int) -> list[int]:
-    """The token ids of one sequence of a batch, with or without padding."""
-    if "attention_mask" in inputs:
-        return inputs["input_ids"][index][inputs["attention_mask"][index].bool()].tolist()
-    starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    ends = [*starts[1:], inputs["input_ids"].shape[1]]
-    return inputs["input_ids"][0, starts[index] : ends[index]].tolist()

@@ -6,10 +6,8 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -239,47 +237,6 @@ def test_help_needs_no_model_library():
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True
     )
     assert shown.stdout.strip() == "[]"
-
-
-def test_a_killed_run_resumes_and_ends_with_the_same_numbers(pair, data, tmp_path):
-    """SIGKILL, no warning; then --resume; beside a run that was left alone."""
-    argv = [
-        "distill", *pair, "--data", data, "--recipe", "paper", "--gamma", "1", "--batch-size", "3",
-        "--max-steps", "28", "--save-steps", "10", "--learning-rate", "3e-3", "--cpu",
-    ]  # fmt: skip
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = python(*argv, "--output", killed)
-    state = killed / "checkpoint-10" / "trainer_state.json"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said
-    assert not (killed / "student").exists()
-    assert not (killed / "checkpoint-28").exists()
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main([*argv, "--output", str(killed), "--resume"]) == 0
-        assert main([*argv, "--output", str(whole)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    ours, theirs = weights(killed / "student"), weights(whole / "student")
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
-    logs = [
-        json.loads((folder / "checkpoint-28" / "trainer_state.json").read_text())["log_history"]
-        for folder in (killed, whole)
-    ]
-    for key in ("loss", "ce", "cosine", "geometry", "logit", "learning_rate"):
-        ours, theirs = ([log[key] for log in history if key in log] for history in logs)
-        assert len(theirs) == 28
-        assert ours == pytest.approx(theirs, rel=1e-6), key
-
-
-# --- bench ---
 
 
 def test_bench_passes_its_options_on(capfd):

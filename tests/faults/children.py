@@ -95,7 +95,7 @@ class KillAtWrite:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """From the first change of a path that ends in `where`, no file can grow beyond `size` bytes.
+    """From the making of the first path that ends in `where`, no file can grow beyond `size` bytes.
 
     kill: the write beyond it does not fail: it is the process's end, with half a file.
     """
@@ -109,7 +109,9 @@ class FullDisk:
 
         def hook(event: str, args: Any) -> None:
             nonlocal done
-            if not done and is_write(event, args, "/") and str(args[0]).endswith(self.where):
+            if done or event == "os.remove" or not is_write(event, args, "/"):
+                return
+            if str(args[0]).endswith(self.where):
                 done = True
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL if self.kill else signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
