@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sra.collator import SpanCollator
     from sra.data import IGNORED
     from sra.distiller import SpanDistiller
+    from sra.doctor.planner import measure, predict
     from sra.objective import recipe
     from sra.packages import fetch_instructions, load_model, load_tokenizer, resolve_model
-    from sra.planner import measure, predict
     from sra.vocabulary import SharedVocabulary
 
     clock = time.process_time if args.processor_time else time.perf_counter

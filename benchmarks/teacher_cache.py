@@ -20,8 +20,6 @@ from typing import Any
 import torch
 
 from sra.alignment import SpanAligner
-from sra.cache_files import DTYPES, read_index
-from sra.cache_writer import CacheWriter, teacher_sequences
 from sra.collator import SpanCollator
 from sra.distiller import SpanDistiller
 from sra.model import head_rows
@@ -29,6 +27,8 @@ from sra.objective import recipe
 from sra.packages import fetch_instructions, load_model, load_tokenizer
 from sra.precision import faster_dtype
 from sra.teacher_cache import DiskCache
+from sra.teacher_cache.files import DTYPES, read_index
+from sra.teacher_cache.writer import CacheWriter, teacher_sequences
 from sra.vocabulary import SharedVocabulary
 
 

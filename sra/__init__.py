@@ -21,13 +21,14 @@ _HOMES = {
     "count_items": "distiller",
     "TeacherCache": "teacher_cache",
     "DiskCache": "teacher_cache",
-    "CacheWriter": "cache_writer",
-    "teacher_sequences": "cache_writer",
+    "CacheWriter": "teacher_cache",
+    "teacher_sequences": "teacher_cache",
     "SRAConfig": "config",
     "SRATrainer": "trainer",
+    "diagnose": "doctor",
     "bits_per_byte": "evaluation",
-    "evaluate": "scores",
-    "span_agreement": "span_comparison",
+    "evaluate": "evaluation",
+    "span_agreement": "evaluation",
 }
 
 __all__ = list(_HOMES)

@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from sra.cache_files import is_cache, read_manifest
-    from sra.cache_writer import CacheWriter, teacher_sequences
     from sra.data import load_rows
     from sra.packages import load_model, load_tokenizer
     from sra.precision import faster_dtype
+    from sra.teacher_cache.files import is_cache, read_manifest
+    from sra.teacher_cache.writer import CacheWriter, teacher_sequences
 
     for option in ("batch_size", "max_length"):
         if getattr(args, option) < 1:

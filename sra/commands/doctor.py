@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
     from sra.data import load_rows
     from sra.doctor import diagnose
+    from sra.doctor.planner import available_memory
     from sra.objective import recipe
     from sra.packages import load_tokenizer, resolve_model
-    from sra.planner import available_memory
     from sra.precision import faster_dtype
 
     every = load_rows(args.data)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         gradient_checkpointing=args.gradient_checkpointing,
     )
     if args.measure and diagnosis.exit_code != 1:
-        from sra.doctor_trial import trial
+        from sra.doctor.trial import trial
 
         diagnosis = diagnosis.with_findings(
             *trial(

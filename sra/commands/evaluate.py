@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from sra.evaluation.scores import Teacher, evaluate, load_references
     from sra.packages import load_model, load_tokenizer
-    from sra.scores import Teacher, evaluate, load_references
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: it must be at least 1.")

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sra.report import read_run, verdict, write_report
+    from sra.report.run import read_run, verdict, write_report
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: it must be at least 1.")
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from sra.data import load_rows
-        from sra.report_models import measure
+        from sra.report.models import measure
 
         rows = load_rows(args.data)[: args.limit]
         on_gpu = torch.cuda.is_available() and not args.cpu

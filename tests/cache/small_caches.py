@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sra.cache_writer import CacheWriter, teacher_sequences
+from sra.teacher_cache.writer import CacheWriter, teacher_sequences
 from tests import tiny
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sra import SpanAligner, SpanCollator, SpanDistiller, TeacherCache, recipe
-from sra.cache_files import read_index
-from sra.cache_writer import CacheWriter, teacher_sequences
 from sra.commands import cache
 from sra.demo import prune_layers
 from sra.model import head_rows
 from sra.packages import load_model, load_tokenizer
 from sra.teacher_cache import DiskCache
+from sra.teacher_cache.files import read_index
+from sra.teacher_cache.writer import CacheWriter, teacher_sequences
 from sra.vocabulary import SharedVocabulary
 from tests import tiny
 from tests.cache.small_caches import relative, teacher_inputs

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sra import TeacherCache
-from sra.cache_files import bytes_per_token, read_index
-from sra.cache_writer import CacheWriter
 from sra.model import head_of
 from sra.teacher_cache import DiskCache
+from sra.teacher_cache.files import bytes_per_token, read_index
+from sra.teacher_cache.writer import CacheWriter
 from tests import tiny
 from tests.cache.small_caches import relative, sequences, teacher_inputs, write
 
@@ -180,10 +180,15 @@ def test_a_damaged_or_missing_head_is_named_and_written_again(copied):
     assert torch.equal(head_of(DiskCache(copied)).weight, weight)
 
 
+def alone(function, *args):
+    torch.set_num_threads(1)  # OpenMP's threads are not forked, and waiting for them never ends
+    function(*args)
+
+
 def in_another_process(function, *args):
     """(process, the end of a pipe on which `function` speaks)"""
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=function, args=(theirs, *args), daemon=True)
+    process = FORK.Process(target=alone, args=(function, theirs, *args), daemon=True)
     process.start()
     return process, ours
 

@@ -21,11 +21,11 @@ from sra import (
     TeacherCache,
     recipe,
 )
-from sra.cache_files import quantise
-from sra.cache_writer import CacheWriter, teacher_sequences
 from sra.model import head_of
 from sra.states import model_states
-from sra.teacher_cache import DiskCache, revision_of, sequence_states
+from sra.teacher_cache.cache import DiskCache, revision_of, sequence_states
+from sra.teacher_cache.files import quantise
+from sra.teacher_cache.writer import CacheWriter, teacher_sequences
 from tests import tiny
 from tests.cache.small_caches import relative, sequences, teacher_inputs, write
 
@@ -224,7 +224,7 @@ def test_processes_read_it_at_once(written):
     cache = DiskCache(written)
     ids = [x[None].long() for x in sequences()]
     want = [total(cache, x) for x in ids]  # opens the shards, which the forked processes inherit
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with multiprocessing.get_context("fork").Pool(2, torch.set_num_threads, (1,)) as pool:
         assert pool.starmap(total, [(cache, x) for x in ids]) == want
     sent = pickle.loads(pickle.dumps(cache))  # as a spawned one gets it
     assert [total(sent, x) for x in ids] == want

@@ -101,9 +101,9 @@ def resolves(name: str) -> bool:
 
 
 def test_a_name_that_is_not_there_is_found():
-    assert resolves("sra.planner.predict")
+    assert resolves("sra.doctor.planner.predict")
     assert resolves("sra_kernels.span_com")
-    assert not resolves("sra.planner.predicted")
+    assert not resolves("sra.doctor.planner.predicted")
     assert not resolves("sra.plan")
 
 

@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sra.doctor import Diagnosis, Finding, diagnose, needs
+from sra.doctor.diagnosis import Diagnosis, Finding, diagnose, needs
+from sra.doctor.planner import Machine, Plan
 from sra.objective import recipe
-from sra.planner import Machine, Plan
 from tests import tiny
 
 RATES = Machine(1e10, 1e10, 1e10, 1e9, 1e-5)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sra.doctor.planner import Machine, available_memory, measure, predict
+from sra.doctor.workload import count_parameters, shrunk, trace
 from sra.objective import recipe
-from sra.planner import Machine, available_memory, measure, predict
-from sra.workload import count_parameters, shrunk, trace
 from tests import tiny
 
 RATES = Machine(1e10, 1e10, 1e10, 1e9, 1e-5)

@@ -157,7 +157,7 @@ def test_truncation_never_splits_a_character(byte_tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_equals_a_plain_loop(byte_tokenizer, batch_size, chat_template, monkeypatch):
-    monkeypatch.setattr("sra.evaluation.CHUNK_ELEMENTS", 5 * len(byte_tokenizer))
+    monkeypatch.setattr("sra.evaluation.likelihood.CHUNK_ELEMENTS", 5 * len(byte_tokenizer))
     model = tiny_llama(len(byte_tokenizer))
     rows = [{"prompt": "p" * n, "completion": "Grüße, 世界 " * (n % 3 + 1)} for n in range(7)]
     expected = naive(model, byte_tokenizer, rows, chat_template)

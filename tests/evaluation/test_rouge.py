@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from sra.rouge import Question, _prompt_ids, answer, rouge_l
+from sra.evaluation.rouge import Question, _prompt_ids, answer, rouge_l
 from tests import tiny
 
 pytest.importorskip("rouge_score", reason="the package rouge-score is not installed")

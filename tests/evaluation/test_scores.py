@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from sra import bits_per_byte, scores
+from sra import bits_per_byte
+from sra.evaluation import scores
 from sra.commands import evaluate as command
-from sra.scores import Teacher, evaluate, load_references
-from sra.span_comparison import span_agreement
+from sra.evaluation.scores import Teacher, evaluate, load_references
+from sra.evaluation.span_comparison import span_agreement
 from tests import tiny
 
 SHORT = {"max_length": 96, "max_prompt_length": 80}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sra import SharedVocabulary, SpanAligner, SpanCollator
-from sra.span_comparison import compare_spans, span_agreement
+from sra.evaluation.span_comparison import compare_spans, span_agreement
 from tests import tiny
 
 
@@ -36,7 +36,7 @@ def plain(student, teacher, row, collator, vocabulary):
 @pytest.mark.parametrize("padding", ["right", "left", "free"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_equals_a_plain_loop(padding, batch_size, monkeypatch):
-    monkeypatch.setattr("sra.span_comparison.CHUNK_ELEMENTS", 7 * tiny.TEACHER_ROWS)
+    monkeypatch.setattr("sra.evaluation.span_comparison.CHUNK_ELEMENTS", 7 * tiny.TEACHER_ROWS)
     student, teacher, vocabulary = tiny.student_model(), tiny.teacher_model(), tiny.vocabulary()
     aligner = SpanAligner(tiny.student_tokenizer(), tiny.teacher_tokenizer())
     collator = SpanCollator(aligner, padding=padding)

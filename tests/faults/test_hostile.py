@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sra.cache_files import read_index
 from sra.packages import load_model, load_tokenizer
 from sra.run_record import RECORD_FILE, write_record
 from sra.teacher_cache import DiskCache
+from sra.teacher_cache.files import read_index
 from tests import tiny
 from tests.cache.small_caches import write
 from tests.faults.children import sra

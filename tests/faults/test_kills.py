@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from sra.cache_writer import teacher_sequences
 from sra.data import load_rows
 from sra.teacher_cache import DiskCache
+from sra.teacher_cache.writer import teacher_sequences
 from tests import tiny
 from tests.cache.small_caches import write
 from tests.faults.children import CountWrites, FullDisk, KillAtWrite, call, sra

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sra.report import SampleSpans
+from sra.report.run import SampleSpans
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 

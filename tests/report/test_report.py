@@ -12,12 +12,12 @@ import pytest
 
 from sra import SpanAligner, SpanCollator, bits_per_byte
 from sra.commands import report as command
+from sra.evaluation.span_comparison import ComparedRow, span_agreement
 from sra.packages import load_model, load_tokenizer
-from sra.report import curves, read_run, verdict, write_report
-from sra.report_charts import Curve, draw, number, smoothed, thinned
-from sra.report_models import measure, sample, trained_student
-from sra.report_page import heat, page
-from sra.span_comparison import ComparedRow, span_agreement
+from sra.report.charts import Curve, draw, number, smoothed, thinned
+from sra.report.models import measure, sample, trained_student
+from sra.report.page import heat, page
+from sra.report.run import curves, read_run, verdict, write_report
 from tests import tiny
 from tests.report import made
 

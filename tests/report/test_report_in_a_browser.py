@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sra.report import read_run, write_report
+from sra.report.run import read_run, write_report
 from tests.report import browser, made
 
 

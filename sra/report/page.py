@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sra.report import SIDES, Report, SampleSpans, curves, verdict
-from sra.report_charts import draw, number
-from sra.report_style import SCRIPT, STYLE
+from sra.report.charts import draw, number
+from sra.report.run import SIDES, Report, SampleSpans, curves, verdict
+from sra.report.style import SCRIPT, STYLE
 
 LEVELS = (0.5, 1.0, 2.0, 4.0, 8.0)  # bits, from which a piece has the next colour
 FIGURES = (  # key, name, how it is written, whether less is better

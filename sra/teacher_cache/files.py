@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +124,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_index(folder: Path) -> list[Entry]:
-    """The shards of a folder; none before the first is complete."""
+    """The shards of a folder; none before the first is complete.
+
+    Raises:
+        ValueError: the index is damaged, or names a file that is no shard of this folder.
+    """
     path = folder / INDEX
-    return [Entry(**entry) for entry in _read_json(path)] if path.exists() else []
+    entries = [Entry(**entry) for entry in _read_json(path)] if path.exists() else []
+    for entry in entries:
+        if not re.fullmatch(r"shard-[0-9]{5,}\.safetensors", entry.file):
+            raise ValueError(
+                f"{path} is damaged: it names the file {entry.file!r}, which is no shard of this "
+                "folder. Write the cache anew, in another folder."
+            )
+    return entries
 
 
 def write_index(folder: Path, entries: Sequence[Entry]) -> None:

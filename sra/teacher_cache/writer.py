@@ -16,7 +16,12 @@ import transformers
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from sra.cache_files import (
+from sra.chat import TrainTurns, render
+from sra.data import check_row
+from sra.model import head_of
+from sra.states import States
+from sra.teacher_cache.cache import check_teacher, dtype_of, revision_of, sequence_states
+from sra.teacher_cache.files import (
     DTYPES,
     HEAD,
     MANIFEST,
@@ -37,11 +42,6 @@ from sra.cache_files import (
     write_manifest,
     write_tensors,
 )
-from sra.chat import TrainTurns, render
-from sra.data import check_row
-from sra.model import head_of
-from sra.states import States
-from sra.teacher_cache import check_teacher, dtype_of, revision_of, sequence_states
 from sra.token_bytes import byte_tokenizer
 
 LOCK, OWNER = "writer.lock", "writer.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sra.doctor_checks import FEW, Finding, Level, Sample, Side
+from sra.doctor.checks import FEW, Finding, Level, Sample, Side
 from sra.model import logit_scale
 
 PROBE = "  two  spaces\n"
@@ -195,8 +195,8 @@ def attention(side: Side) -> Finding:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
+    from sra.doctor.workload import quiet, shrunk
     from sra.states import model_states
-    from sra.workload import quiet, shrunk
 
     topic = f"{side.name} attention"
     try:

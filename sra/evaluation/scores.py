@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sra.data import check_row
-from sra.evaluation import bits_per_byte
-from sra.rouge import SEEDS, Answer, Question, answer
-from sra.span_comparison import span_agreement
+from sra.evaluation.likelihood import bits_per_byte
+from sra.evaluation.rouge import SEEDS, Answer, Question, answer
+from sra.evaluation.span_comparison import span_agreement
 from sra.token_bytes import clean_text
 
 METRICS = ("bits_per_byte", "agreement", "rouge_l")
@@ -112,7 +112,7 @@ def evaluate(
         metrics: "bits_per_byte", "agreement" (see `span_agreement`; needs a teacher), "rouge_l".
         teacher: its bits per byte are measured as well.
         seeds: of ROUGE-L's sampling, one answer to each prompt a seed; greedy needs one alone.
-        max_prompt_length: of ROUGE-L's prompts; see `sra.rouge.answer`.
+        max_prompt_length: of ROUGE-L's prompts; see `sra.evaluation.rouge.answer`.
         output: a folder for results.json and generations.jsonl, written after each measurement. A
             measurement or seed that it holds already is not made again.
         settings: whatever else the numbers depend on (names of model and data), for `output`.

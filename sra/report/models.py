@@ -9,11 +9,11 @@ from typing import Any
 
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
-from sra.evaluation import bits_per_byte
+from sra.evaluation.likelihood import bits_per_byte
+from sra.evaluation.span_comparison import ComparedRow, agreement_of, compare_spans
 from sra.model import head_rows
 from sra.packages import load_model, load_tokenizer
-from sra.report import Report, SampleSpans
-from sra.span_comparison import ComparedRow, agreement_of, compare_spans
+from sra.report.run import Report, SampleSpans
 from sra.token_bytes import byte_tokenizer
 from sra.vocabulary import SharedVocabulary
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig
 
-from sra.cache_files import (
+from sra.model import head_of
+from sra.states import States, model_states
+from sra.teacher_cache.files import (
     HEAD,
     TOKENIZER,
     Manifest,
@@ -27,8 +29,6 @@ from sra.cache_files import (
     sha256_of,
     tokenizer_hash,
 )
-from sra.model import head_of
-from sra.states import States, model_states
 
 
 class _Remembered(ABC):
@@ -189,7 +189,7 @@ class DiskCache(_Remembered):
     def check(self, sequences: Sequence[Tensor]) -> None:
         """Raise ValueError if it cannot answer for one of these sequences of ids ``[T]``.
 
-        Before training, with `sra.cache_writer.teacher_sequences` of the rows.
+        Before training, with `sra.teacher_cache.writer.teacher_sequences` of the rows.
         """
         lacking = [ids for ids in sequences if ids not in self]
         if not lacking or self._teacher is not None:

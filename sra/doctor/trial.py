@@ -14,7 +14,7 @@ import torch
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
 from sra.distiller import SpanDistiller
-from sra.doctor_checks import MUCH_MASS_LOST, Finding
+from sra.doctor.checks import MUCH_MASS_LOST, Finding
 from sra.model import head_rows
 from sra.objective import Objective
 from sra.packages import load_model

@@ -1,7 +1,7 @@
 """What a training step will need: bytes and seconds, predicted before any weight is loaded.
 
-The models' work is counted by `sra.workload`. Seconds come from rates that are measured on this
-machine, with products of the very shapes that the step has.
+The models' work is counted by `sra.doctor.workload`. Seconds come from rates that are measured on
+this machine, with products of the very shapes that the step has.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from sra.doctor.workload import Shape, Work, count_parameters, trace
 from sra.objective import RECIPES, Objective
-from sra.workload import Shape, Work, count_parameters, trace
 from sra_kernels import explain, linear_span_kl
 
 GEMM_BUDGET = 2.0  # seconds that measuring the products may take

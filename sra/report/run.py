@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sra.report_charts import Curve, number
+from sra.report.charts import Curve, number
 from sra.run_record import RECORD_FILE
 
 STATE_FILE = "trainer_state.json"
@@ -188,7 +188,7 @@ def verdict(report: Report) -> tuple[str, str]:
 
 def write_report(report: Report, output: str | Path) -> Path:
     """Write the page; all of it or nothing."""
-    from sra.report_page import page
+    from sra.report.page import page
 
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,14 +16,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from sra import doctor_checks as checks
-from sra import doctor_model_checks as model_checks
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
 from sra.data import IGNORED
-from sra.doctor_checks import Finding, Sample, Side
+from sra.doctor import checks, model_checks
+from sra.doctor.checks import Finding, Sample, Side
+from sra.doctor.planner import Machine, Plan, predict
 from sra.objective import RECIPES, Objective
-from sra.planner import Machine, Plan, predict
 from sra.vocabulary import SharedVocabulary
 
 LEVELS = ("error", "warning", "note", "ok")
@@ -163,7 +162,7 @@ def diagnose(
             will have them.
         resources: predict memory and time, which takes a few seconds.
         memory: GiB that the run may take; None: no opinion.
-        dtype, cached, gradient_checkpointing, machine, device: see `sra.planner.predict`.
+        dtype, cached, gradient_checkpointing, machine, device: see `sra.doctor.planner.predict`.
 
     Raises:
         TypeError: a tokenizer is not a fast one.
