@@ -206,10 +206,12 @@ class DiskCache(_Remembered):
         )
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise ValueError unless it holds the states of these layers."""
+        """Raise ValueError unless it holds the states of these layers; negative ones count from
+        the last, -1."""
         stored = self.manifest.layers
+        count = self.config.get_text_config().num_hidden_layers
         for layer in layers:
-            if layer not in stored:
+            if layer % count not in stored:
                 raise ValueError(
                     f"{self.folder} holds layers {', '.join(map(str, stored))} of "
                     f"{self.manifest.teacher}, and layer {layer} is asked for. Ask for a stored "
