@@ -3,7 +3,8 @@
     python -m benchmarks.teacher_cache
 
 writes the states of some English instruction pairs in each dtype, trains the student for the same
-steps from the model and from each folder, in turns, and prints the table of docs/cache.md.
+steps from the model and from each folder, with padding and without, in turns, and prints the table
+of docs/cache.md.
 """
 
 from __future__ import annotations
@@ -77,25 +78,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizers = load_tokenizer(args.student), load_tokenizer(args.teacher)
     teacher = load_model(args.teacher).to(faster_dtype()).eval()
     rows = fetch_instructions("en")[: args.steps * args.batch_size]
-    collator = SpanCollator(SpanAligner(*tokenizers))
-    starts = range(0, len(rows), args.batch_size)
-    batches = [collator(rows[first : first + args.batch_size]) for first in starts]
+    aligner = SpanAligner(*tokenizers)
+    parts = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    padded, packed = (
+        [SpanCollator(aligner, padding=padding)(part) for part in parts]
+        for padding in ("right", "free")
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folders = {dtype: Path(scratch) / dtype for dtype in DTYPES}
         sizes = {
             dtype: write(folder, teacher, tokenizers[1], rows, dtype)
             for dtype, folder in folders.items()
         }
-        teachers = {"the model": teacher}
-        teachers |= {f"{dtype} on disk": DiskCache(path) for dtype, path in folders.items()}
-        # One student at a time would be less memory, but the machine's speed drifts.
-        runs = {name: start(args, given, tokenizers) for name, given in teachers.items()}
-        done = {
-            name: [step(runs[name], batch)]
-            for batch, name in itertools.product(batches[:1], runs)  # warms up
+        on_disk = {f"{dtype} on disk": DiskCache(path) for dtype, path in folders.items()}
+        variants: dict[str, tuple[Any, list[Any]]] = {
+            "the model": (teacher, padded),
+            "the model, without padding": (teacher, packed),
+            **{name: (cache, padded) for name, cache in on_disk.items()},
+            "bfloat16 on disk, without padding": (on_disk["bfloat16 on disk"], packed),
         }
-        for batch, name in itertools.product(batches[1:], runs):
-            done[name].append(step(runs[name], batch))
+        # One student at a time would be less memory, but the machine's speed drifts.
+        runs = {name: start(args, given, tokenizers) for name, (given, _) in variants.items()}
+        done: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for number, name in itertools.product(range(len(parts)), runs):  # the first warms up
+            done[name].append(step(runs[name], variants[name][1][number]))
     times = {name: statistics.median(s for _, s in steps[1:]) for name, steps in done.items()}
     print("| teacher | bytes a token | s a step | speed-up | loss of step 1 | of the last |")
     print("|---|---|---|---|---|---|")
