@@ -36,9 +36,10 @@ from benchmarks.providers import differentiated, rival
 from benchmarks.registry import Benchmark, Job
 from sra.alignment import SpanAligner, SpanTable
 from sra.collator import SpanCollator
+from sra.counts import count_items
 from sra.data import IGNORED
 from sra.demo import BATCH, MAX_TOKENS, prune_layers
-from sra.distiller import SpanDistiller, count_items
+from sra.distiller import SpanDistiller
 from sra.model import Head, head_of
 from sra.objective import LayerPair, combine, recipe, span_losses
 from sra.packages import fetch_instructions, load_model, load_tokenizer

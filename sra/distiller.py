@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sra.counts import own_counts, step_counts
 from sra.data import IGNORED
 from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, state_width, trunk_of
 from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
-from sra.states import States, model_states
+from sra.states import States, model_states, trunk_inputs
 from sra.tied import with_tied, without_tied
 from sra.vocabulary import SharedVocabulary
 
@@ -45,20 +46,6 @@ class DistillerOutput(ModelOutput):
     coverage: Tensor | None = None
     agreement: Tensor | None = None
     bits_per_byte: Tensor | None = None
-
-
-def count_items(batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """``[3]`` float64: label tokens, sequences and spans of the micro-batches of one step.
-
-    A sequence or span counts once for each teacher that sees it.
-    """
-    tokens = sequences = spans = 0
-    for batch in batches:
-        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-        for teacher in batch.get("teachers", ()):
-            sequences += len(teacher["span_offsets"]) - 1
-            spans += len(teacher["student_spans"])
-    return torch.tensor([tokens, sequences, spans], dtype=torch.float64)
 
 
 class SpanDistiller(nn.Module):
@@ -173,25 +160,21 @@ class SpanDistiller(nn.Module):
             or the number of label tokens of the step alone, as `transformers.Trainer` passes it
             (the other two counts are then taken in the proportion of this batch); None: this batch.
         """
-        inputs = {"input_ids": input_ids}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
+        inputs = input_ids, attention_mask, position_ids
         if self.teachers:
             self._check_batch(teachers)
-            student = model_states(self.student, **inputs, layers=self.objective.side(0))
+            student = model_states(self.student, *inputs, layers=self.objective.side(0))
             states = student.hidden[-1]
         else:
-            states = run_trunk(self.student, **inputs, use_cache=False).last_hidden_state
+            states = run_trunk(self.student, **trunk_inputs(*inputs)).last_hidden_state
         head = head_of(self.student).to(_compute_dtype(states))
         ce = _cross_entropy(states, head, labels)
 
         terms = agreement = None
         if self.teachers:
             terms, agreement = self._span_losses(student.rows(), head, teachers)
-        own = count_items([{"labels": labels, "teachers": teachers}]).to(states.device)
-        loss, parts = combine(self.objective, ce, terms, _counts(own, num_items_in_batch))
+        own = own_counts(labels, teachers)
+        loss, parts = combine(self.objective, ce, terms, step_counts(own, num_items_in_batch))
         shared = None if terms is None else terms.shared_mass
         bits = None if num_bytes is None else ce.detach() / math.log(2) / num_bytes.sum()
         return DistillerOutput(
@@ -376,13 +359,6 @@ def top_agreement(
 def _sample(count: int, most: int, device: torch.device) -> Tensor:
     """Up to `most` of `count` indices, evenly spaced."""
     return torch.linspace(0, count - 1, min(count, most), device=device).long()
-
-
-def _counts(own: Tensor, given: Tensor | int | None) -> Tensor:
-    if given is None:
-        return own
-    given = torch.as_tensor(given, dtype=own.dtype, device=own.device)
-    return given if given.numel() == 3 else own * given / own[0].clamp(min=1)
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -12,6 +12,19 @@ from sra.attention import attention_of, record_attention_mass
 from sra.model import States, causal_lm, run_trunk, trunk_of
 
 
+def trunk_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """What a trunk is called with, of a batch in either form of `model_states`."""
+    if attention_mask is not None and position_ids is None:
+        # Positions count from the first real token: learnt ones differ behind padding on the left.
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    inputs = {
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids
+    }  # fmt: skip
+    return {name: x for name, x in inputs.items() if x is not None} | {"use_cache": False}
+
+
 def model_states(
     model: Any,
     input_ids: Tensor,
@@ -43,10 +56,6 @@ def model_states(
     chosen = [layer % count for layer in layers]
     attentions = {layer: attention_of(model, layer) for layer in chosen}
     inner = any(layer != count - 1 for layer in chosen)
-    if attention_mask is not None and position_ids is None:
-        # Positions count from the first real token: learnt ones differ behind padding on the left.
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    given = {"attention_mask": attention_mask, "position_ids": position_ids}
     with ExitStack() as stack:
         records = {
             index: stack.enter_context(record_attention_mass(model, index))
@@ -54,9 +63,7 @@ def model_states(
         }
         out = run_trunk(
             model,
-            input_ids=input_ids,
-            **{name: x for name, x in given.items() if x is not None},
-            use_cache=False,
+            **trunk_inputs(input_ids, attention_mask, position_ids),
             **({"output_hidden_states": True} if inner else {}),
         )
     hidden = [  # hidden_states[0] is the embedding

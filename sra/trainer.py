@@ -17,8 +17,9 @@ from sra import run_record
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator, check_coverage, sequence_ids
 from sra.config import SRAConfig
+from sra.counts import count_items
 from sra.data import RowStream, check_row
-from sra.distiller import SpanDistiller, count_items
+from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
 from sra.model import call_inside, causal_lm, head_rows, place_teacher
 from sra.progress import LiveTerms, Speed, peak_gib, reset_peak

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from sra.alignment import shared_spans
+from sra.counts import count_items
 from sra.data import IGNORED
-from sra.distiller import count_items
 from sra.token_bytes import ByteTokenizer, TokenBytes, byte_tokenizer
 from sra.trainer import SHARES, SRATrainer
 from sra.vocabulary import SharedVocabulary

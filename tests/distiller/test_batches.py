@@ -85,6 +85,14 @@ def test_padding_on_a_side_or_none(padding, name):
     assert_same(gotten, wanted, *tolerance)
 
 
+@pytest.mark.parametrize("padding", ["left", "free"])
+def test_cross_entropy_alone_under_any_padding(padding):
+    module = distiller(recipe("cross-entropy"), student=family("gpt2").eval())
+    _, want = gradient(module, collator()(tiny.ROWS))
+    _, got = gradient(module, collator(padding=padding)(tiny.ROWS))
+    assert_same(got, want)
+
+
 def test_packed_sequences_do_not_see_each_other():
     batch = collator(padding="free")(tiny.ROWS)
     (teacher,) = batch["teachers"]

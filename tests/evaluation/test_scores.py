@@ -8,8 +8,8 @@ import json
 import pytest
 
 from sra import bits_per_byte
-from sra.evaluation import scores
 from sra.commands import evaluate as command
+from sra.evaluation import scores
 from sra.evaluation.scores import Teacher, evaluate, load_references
 from sra.evaluation.span_comparison import span_agreement
 from tests import tiny

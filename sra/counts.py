@@ -1,0 +1,42 @@
+"""What the sums of a loss are divided by: label tokens, sequences and spans of a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sra.data import IGNORED
+
+
+def count_items(batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """``[3]`` float64: label tokens, sequences and spans of the micro-batches of one step.
+
+    A sequence or span counts once for each teacher that sees it.
+    """
+    tokens = sequences = spans = 0
+    for batch in batches:
+        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        for teacher in batch.get("teachers", ()):
+            sequences += len(teacher["span_offsets"]) - 1
+            spans += len(teacher["student_spans"])
+    return torch.tensor([tokens, sequences, spans], dtype=torch.float64)
+
+
+def own_counts(labels: Tensor, teachers: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """As `count_items` of one batch, without waiting for the device."""
+    dtype = torch.float32 if labels.device.type == "mps" else torch.float64
+    sequences = sum(len(teacher["span_offsets"]) - 1 for teacher in teachers)
+    spans = sum(len(teacher["student_spans"]) for teacher in teachers)
+    counts = torch.tensor([0, sequences, spans], dtype=dtype).to(labels.device)
+    return torch.cat([(labels[:, 1:] != IGNORED).sum()[None].to(dtype), counts[1:]])
+
+
+def step_counts(own: Tensor, given: Tensor | int | None) -> Tensor:
+    """The counts to divide by, of what a caller gives: see `SpanDistiller.forward`."""
+    if given is None:
+        return own
+    given = torch.as_tensor(given, dtype=own.dtype, device=own.device)
+    return given if given.numel() == 3 else own * given / own[0].clamp(min=1)
