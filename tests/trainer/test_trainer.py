@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from sra import SRAConfig, SRATrainer, TeacherCache, bits_per_byte
+from sra import SRAConfig, SRATrainer, TeacherCache, bits_per_byte, stream_rows
 from sra.progress import LiveTerms
 from sra.trainer import last_checkpoint
 from tests import tiny
@@ -303,6 +303,27 @@ def test_too_little_coverage(tmp_path):
             teacher_processing_class=tiny.lossy_tokenizer(),
         )
     assert not folder.exists()
+
+
+def test_coverage_that_falls_while_the_data_stream(tmp_path):
+    """Nothing can be checked beforehand; a teacher that drops what it does not know is noticed."""
+    good = [{"prompt": "Where?", "completion": "The Nile flows through Egypt."}] * 60
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", [*good, *[tiny.ROWS[4]] * 40])
+    run = SRATrainer(
+        tiny.student_model(),
+        tiny.teacher_model(),
+        SRAConfig(
+            output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", max_steps=100,
+            per_device_train_batch_size=1, save_strategy="no", logging_steps=100,
+            disable_tqdm=True,
+        ),
+        train_dataset=stream_rows(file),
+        processing_class=tiny.student_tokenizer(),
+        teacher_processing_class=tiny.lossy_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"Spans cover .* of the last 50 batches .*谢谢你"):
+        run.train()
+    assert 60 < run.state.global_step < 75
 
 
 @pytest.mark.parametrize("recipe", ["cross-entropy", "boundary"])
