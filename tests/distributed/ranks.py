@@ -3,12 +3,15 @@ all checks of a world size."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,15 +20,36 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
+ROOT = Path(__file__).parents[2]
 PATIENCE = 240  # seconds that all checks of one world size may take
 Check = Callable[[int, int, Path], None]
 
 
-def run(world: int, checks: Mapping[str, Check], folder: Path) -> dict[str, str]:
+def run(world: int, modules: Sequence[str], names: Sequence[str], folder: Path) -> dict[str, str]:
     """What became of each check: "" where all ranks passed it, else what a rank says.
 
     A check gets the rank, the number of ranks and a folder that all ranks share.
+
+    Args:
+        modules: of this folder, each with its `CHECKS`.
+        names: of those to run.
     """
+    # Ranks are forked by a process that has never multiplied: threads of OpenMP are not forked,
+    # and a child waits for its parent's for ever.
+    command = [sys.executable, "-m", "tests.distributed.ranks", str(world), str(folder)]
+    given = json.dumps([[*modules], [*names]])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, given], cwd=ROOT, env=environment, check=True)
+    said = [_read(folder / f"rank-{rank}.json") for rank in range(world)]
+    results = {}
+    for name in names:
+        words = [f"rank {rank}: {of.get(name, 'did not end it')}" for rank, of in enumerate(said)]
+        results[name] = "" if all(of.get(name) == "" for of in said) else "\n".join(words)
+    return results
+
+
+def fork(world: int, checks: Mapping[str, Check], folder: Path) -> None:
+    """All ranks, each through all checks."""
     context = multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=_rank, args=(rank, world, checks, folder)) for rank in range(world)
@@ -40,12 +64,6 @@ def run(world: int, checks: Mapping[str, Check], folder: Path) -> dict[str, str]
     for process in ranks:
         process.kill()
         process.join()
-    said = [_read(folder / f"rank-{rank}.json") for rank in range(world)]
-    results = {}
-    for name in checks:
-        words = [f"rank {rank}: {of.get(name, 'did not end it')}" for rank, of in enumerate(said)]
-        results[name] = "" if all(of.get(name) == "" for of in said) else "\n".join(words)
-    return results
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -83,3 +101,11 @@ def _rank(rank: int, world: int, checks: Mapping[str, Check], folder: Path) -> N
 def fresh_accelerate() -> None:
     """Accelerate keeps what it found first; the next check may want something else."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+if __name__ == "__main__":
+    modules, names = json.loads(sys.argv[3])
+    known: dict[str, Check] = {}
+    for module in modules:
+        known |= importlib.import_module(f"tests.distributed.{module}").CHECKS
+    fork(int(sys.argv[1]), {name: known[name] for name in names}, Path(sys.argv[2]))

@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     for world, names in ((2, [*CHECKS]), (4, FOUR)):
         folder = tmp_path_factory.mktemp("ranks")
         runs.references(folder)
-        found[world] = ranks.run(world, {name: CHECKS[name] for name in names}, folder)
+        found[world] = ranks.run(world, ["ddp", "runs", "fsdp"], names, folder)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sra import count_items
 from tests.distributed import pairs, runs
+
+if find_spec("deepspeed"):
+    import deepspeed
+
+    # Its own all-reduce would be compiled first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def stage_2(rank: int, world: int, folder: Path) -> None:
