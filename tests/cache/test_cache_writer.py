@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -23,8 +22,7 @@ from sra.teacher_cache.files import bytes_per_token, read_index
 from sra.teacher_cache.writer import CacheWriter
 from tests import tiny
 from tests.cache.small_caches import relative, sequences, teacher_inputs, write
-
-FORK = multiprocessing.get_context("fork")
+from tests.faults.children import context
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +178,10 @@ def test_a_damaged_or_missing_head_is_named_and_written_again(copied):
     assert torch.equal(head_of(DiskCache(copied)).weight, weight)
 
 
-def alone(function, *args):
-    torch.set_num_threads(1)  # OpenMP's threads are not forked, and waiting for them never ends
-    function(*args)
-
-
 def in_another_process(function, *args):
     """(process, the end of a pipe on which `function` speaks)"""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=alone, args=(function, theirs, *args), daemon=True)
+    ours, theirs = context().Pipe()
+    process = context().Process(target=function, args=(theirs, *args), daemon=True)
     process.start()
     return process, ours
 
