@@ -162,7 +162,9 @@ def state_width(model: Any, layer: int) -> int:
 
 
 def _head_shape(model: Any) -> Sequence[int]:
-    weight = _weight(causal_lm(model).get_output_embeddings())[0]
+    """Nothing is gathered for it."""
+    layer = _in_use(causal_lm(model).get_output_embeddings())
+    weight = getattr(layer, "base_layer", layer).weight
     return getattr(weight, "ds_shape", weight.shape)  # DeepSpeed leaves a stub behind
 
 
@@ -207,8 +209,7 @@ def _check_same_on_ranks(teacher: nn.Module) -> None:
 
 def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of an output layer, whatever PEFT and FSDP made of it."""
-    if hasattr(layer, "modules_to_save"):  # a full copy that PEFT trains in the layer's place
-        layer = layer.modules_to_save[layer.active_adapters[0]]
+    layer = _in_use(layer)
     if hasattr(layer, "base_layer"):  # LoRA: the product of its two matrices is added
         weight, bias = _weight(layer.base_layer)
         if not (layer.merged or layer.disable_adapters):
@@ -216,6 +217,13 @@ def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                 weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
         return weight, bias
     return _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
+
+
+def _in_use(layer: Any) -> Any:
+    """The layer itself, or the full copy that PEFT trains in its place."""
+    if hasattr(layer, "modules_to_save"):
+        return layer.modules_to_save[layer.active_adapters[0]]
+    return layer
 
 
 def _trained(layer: Any) -> bool:

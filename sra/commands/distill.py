@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if given.data is None:
         raise ValueError("There is no data: add --data rows.jsonl.")
     needs_teacher = config.objective().needs_teacher
-    if needs_teacher and not given.teacher_model_name_or_path:
+    if needs_teacher and not (given.teacher_model_name_or_path or given.teacher_cache):
         raise ValueError(
             f"The recipe {config.recipe!r} needs a teacher: sra distill STUDENT TEACHER."
         )
@@ -63,15 +63,18 @@ def run(args: argparse.Namespace) -> int:
     student_options = _options(given, given.model_revision)
     teacher_options = _options(given, given.teacher_model_revision)
     names = given.teacher_model_name_or_path
-    tokenizers = [load_tokenizer(name, **teacher_options) for name in names]
-    teachers = _teachers(given, config, teacher_options) if needs_teacher else None
+    teachers = _teachers(given, config, teacher_options) if needs_teacher else []
+    tokenizers = [load_tokenizer(name, **teacher_options) for name in names] or [
+        teacher.tokenizer
+        for teacher in teachers  # a cache keeps its teacher's
+    ]
     trainer = SRATrainer(
         load_model(
             given.model_name_or_path,
             attn_implementation=given.attn_implementation,
             **student_options,
         ),
-        teachers,
+        teachers or None,
         config,
         train_dataset=train,
         eval_dataset=held_out,
@@ -90,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if held_out:
         after = trainer.evaluate()["eval_bits_per_byte"]
         print(f"Held-out bits per byte: {after:.4f}")
-        write_record(output, after={"bits_per_byte": after})
+        if config.should_save:
+            write_record(output, after={"bits_per_byte": after})
     print(f"Look at the run: sra report {output}")
     return 0
 
@@ -120,6 +124,7 @@ def _inputs(given: Any, config: Any) -> dict[str, Any]:
     inputs = {
         "student": full(given.model_name_or_path),
         "teachers": full(given.teacher_model_name_or_path),
+        "teacher_cache": full(given.teacher_cache),
         "data": full(given.data),
         "dataset_streaming": given.dataset_streaming,
         "rows_per_step": config.train_batch_size

@@ -97,10 +97,8 @@ class CacheWriter:
         self._tokenizer = tokenizer
         self._name = name or teacher.config.name_or_path or type(teacher).__name__
         width = head_of(teacher).weight.shape[1]
-        self._tokens_per_shard = max(
-            1, shard_bytes // bytes_per_token(width, len(self.layers), dtype)
-        )
         self.bytes_per_token = bytes_per_token(width, len(self.layers), dtype)
+        self._tokens_per_shard = max(1, shard_bytes // self.bytes_per_token)
         self._lock = FileLock(self.folder / LOCK)
         self.lost: list[Entry] = []  # shards whose files are gone: their texts are lacking again
         self._entries: list[Entry] = []
@@ -113,9 +111,8 @@ class CacheWriter:
         self._check_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(
-                timeout=0
-            )  # the system frees it when its process ends, killed or not
+            # The system frees it when its process ends, killed or not.
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise RuntimeError(
                 f"{self.folder} is being written by {self._owner()}. Wait for it or stop it; "

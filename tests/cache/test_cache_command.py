@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sra import SpanAligner, SpanCollator, SpanDistiller, TeacherCache, recipe
+from sra.cli import main
 from sra.commands import cache
 from sra.demo import prune_layers
 from sra.model import head_rows
@@ -77,6 +78,23 @@ def test_without_the_teacher_the_folder_alone_trains(data, tmp_path):
     out = module(**collator(tiny.ROWS))
     out.loss.backward()
     assert out.logit > 0
+
+
+def test_distill_trains_from_the_folder_and_names_what_it_lacks(data, tmp_path, capsys):
+    student, teacher = map(str, tiny.write_checkpoints(tmp_path))
+    folder, output = tmp_path / "cache", tmp_path / "run"
+    run(teacher, "--data", data, "--out", folder)
+    shutil.rmtree(teacher)
+    argv = ["distill", student, "--teacher-cache", folder, "--cpu", "--max-steps", "2"]
+    argv = [*map(str, argv), "--data", data, "--output", str(output)]
+    assert main([*argv, "--recipe", "paper", "--layers=-1:0"]) == 1
+    assert "layer 0 is asked for" in capsys.readouterr().err
+    more = tiny.write_jsonl(tmp_path / "more.jsonl", [*tiny.ROWS, {"text": "unread"}])
+    assert main([*argv, "--data", str(more)]) == 1
+    assert "lacks 1 of 9 texts" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(argv) == 0
+    assert (output / "student" / "model.safetensors").exists()
 
 
 def test_again_goes_on_and_says_so(teacher, data, tmp_path, capsys):
