@@ -14,20 +14,11 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
-import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 STUDENT, TEACHER = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"
-
-
-def resident(name: str) -> int:
-    """Bytes of a field of this process's status."""
-    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found
-    return 1024 * int(found[1])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -42,6 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sra.doctor.planner import measure, predict
     from sra.objective import recipe
     from sra.packages import fetch_instructions, load_model, load_tokenizer, resolve_model
+    from sra.progress import reset_peak, resident
     from sra.vocabulary import SharedVocabulary
 
     clock = time.process_time if args.processor_time else time.perf_counter
@@ -84,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     step()  # makes the optimiser's state
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    reset_peak()
     files = resident("RssFile")
     step()
     peak = resident("VmHWM") - files - before

@@ -35,8 +35,8 @@ from benchmarks.measure import verify
 from benchmarks.providers import differentiated, rival
 from benchmarks.registry import Benchmark, Job
 from sra.alignment import SpanAligner, SpanTable
+from sra.batch import count_items
 from sra.collator import SpanCollator
-from sra.counts import count_items
 from sra.data import IGNORED
 from sra.demo import BATCH, MAX_TOKENS, prune_layers
 from sra.distiller import SpanDistiller

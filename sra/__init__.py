@@ -18,7 +18,7 @@ _HOMES = {
     "Objective": "objective",
     "recipe": "objective",
     "SpanDistiller": "distiller",
-    "count_items": "counts",
+    "count_items": "batch",
     "TeacherCache": "teacher_cache",
     "DiskCache": "teacher_cache",
     "CacheWriter": "teacher_cache",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sra.alignment import SpanAligner
+from sra.batch import sequence_rows
 from sra.chat import Rendering, TrainTurns, render
 from sra.data import IGNORED, check_row, snippet
 from sra.span_table import SpanTable
@@ -246,11 +247,9 @@ class SpanCollator:
 
 def sequence_ids(batch: Mapping[str, Any], index: int) -> list[int]:
     """The token ids of one sequence of a batch, with or without padding."""
-    if "attention_mask" in batch:
-        return batch["input_ids"][index][batch["attention_mask"][index].bool()].tolist()
-    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    ends = [*starts[1:], batch["input_ids"].shape[1]]
-    return batch["input_ids"][0, starts[index] : ends[index]].tolist()
+    ids = batch["input_ids"]
+    rows = sequence_rows(ids, batch.get("attention_mask"), batch.get("position_ids"))
+    return ids.flatten().cpu()[rows[index]].tolist()
 
 
 def check_coverage(

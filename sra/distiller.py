@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from sra.counts import own_counts, step_counts
+from sra.batch import own_counts, step_counts
 from sra.data import IGNORED
 from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, state_width, trunk_of
 from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses

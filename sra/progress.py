@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,15 @@ def peak_gib() -> float | None:
     """Highest memory so far in GiB: the GPU's if there is one, else this process's (Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**20
-    return None
+    peak = resident("VmHWM")
+    return peak / 2**30 if peak else None
+
+
+def resident(field: str) -> int:
+    """Bytes of this process by a field of Linux's /proc/self/status: "VmRSS", now; "VmHWM", at
+    most so far. 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    found = (
+        re.search(rf"^{field}:\s*(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    )
+    return 1024 * int(found[1]) if found else 0

@@ -15,9 +15,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sra import run_record
 from sra.alignment import SpanAligner
+from sra.batch import count_items
 from sra.collator import SpanCollator, check_coverage, sequence_ids
 from sra.config import SRAConfig
-from sra.counts import count_items
 from sra.data import RowStream, check_row
 from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte

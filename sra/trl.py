@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from sra.alignment import shared_spans
-from sra.counts import count_items
+from sra.batch import count_items
 from sra.data import IGNORED
 from sra.token_bytes import ByteTokenizer, TokenBytes, byte_tokenizer
 from sra.trainer import SHARES, SRATrainer

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from sra.doctor.checks import MUCH_MASS_LOST, Finding
 from sra.model import head_rows
 from sra.objective import Objective
 from sra.packages import load_model
+from sra.progress import resident
 from sra.vocabulary import SharedVocabulary
 
 LEARNING_RATE = 1e-6  # the steps are there to be timed
@@ -47,7 +46,7 @@ def trial(
     Raises:
         ValueError: what the models or the rows do not allow.
     """
-    start_memory = _resident("VmRSS")
+    start_memory = resident("VmRSS")
     student = load_model(names[0]).to(device).train()
     teacher = load_model(names[1]).to(device, dtype) if objective.needs_teacher else None
     if gradient_checkpointing:
@@ -136,11 +135,4 @@ def _peak(device: str, before: int) -> int:
     """Bytes; 0 where the system does not tell."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else ""
-    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.M)
-    return 1024 * int(found[1]) if found else 0
+    return max(0, resident("VmHWM") - before)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sra.model import Head, head_of, trunk_of
+from sra.batch import sequence_rows
+from sra.evaluation.likelihood import CHUNK_ELEMENTS
+from sra.model import Head, head_of, run_trunk
+from sra.states import trunk_inputs
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import span_kl
-
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ def _compare(
     )
     ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
     compared = []
-    for begin, end in _bounds(batch):
+    layout = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    for rows in sequence_rows(*layout):
+        begin, end = int(rows[0]), int(rows[-1]) + 1
         inside = ((spans[:, 0] >= begin) & (spans[:, 0] < end)).nonzero()[:, 0].tolist()
         compared.append(
             ComparedRow(
@@ -183,7 +186,7 @@ def _hidden(model: Any, batch: Mapping[str, Any], device: torch.device) -> Tenso
         if name in batch
     }
     if isinstance(model, nn.Module):
-        return trunk_of(model)(**given, use_cache=False).last_hidden_state.flatten(0, 1)
+        return run_trunk(model, **trunk_inputs(**given)).last_hidden_state.flatten(0, 1)
     return model.states(**given).hidden[-1].flatten(0, 1)
 
 
@@ -220,17 +223,3 @@ def _at_ends(
                 best = values.index_select(1, shared[side]).argmax(dim=-1)
                 top += shared[0][best].tolist()
     return divergence, *tops
-
-
-def _bounds(batch: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The rows of each sequence in the flattened batch, without padding."""
-    if "attention_mask" not in batch:
-        starts = (batch["position_ids"].flatten() == 0).nonzero()[:, 0].tolist()
-        return list(zip(starts, [*starts[1:], batch["position_ids"].numel()], strict=True))
-    width = batch["input_ids"].shape[1]
-    bounds = []
-    for index, mask in enumerate(batch["attention_mask"]):
-        real = mask.nonzero()[:, 0]
-        begin = index * width + int(real[0])
-        bounds.append((begin, begin + len(real)))
-    return bounds

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig
 
+from sra.batch import sequence_rows
 from sra.model import head_of
 from sra.states import States, model_states
 from sra.teacher_cache.files import (
@@ -283,22 +284,6 @@ def check_caches(
                 sequences[k].append(torch.from_numpy(table.teacher_ids))
     for k, cache in caches.items():
         cache.check(sequences[k])
-
-
-def sequence_rows(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> list[Tensor]:
-    """For each sequence of a batch, padded or packed, the rows of its tokens in ``[B * T]``."""
-    batch, width = input_ids.shape
-    every = torch.arange(batch * width)
-    if attention_mask is not None:
-        real = attention_mask.bool().cpu()
-        return [rows[keep] for rows, keep in zip(every.view(batch, width), real, strict=True)]
-    if position_ids is not None:
-        starts = (position_ids.flatten().cpu() == 0).nonzero().flatten().tolist()
-        ends = [*starts[1:], len(every)]
-        return [every[start:end] for start, end in zip(starts, ends, strict=True)]
-    return [*every.view(batch, width)]
 
 
 @torch.no_grad()

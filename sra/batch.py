@@ -1,4 +1,4 @@
-"""What the sums of a loss are divided by: label tokens, sequences and spans of a whole step."""
+"""What a batch holds: its sequences, and the counts that the sums of a loss are divided by."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ import torch
 from torch import Tensor
 
 from sra.data import IGNORED
+
+
+def sequence_rows(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> list[Tensor]:
+    """For each sequence of a batch, padded or packed, the rows of its tokens in ``[B * T]``."""
+    batch, width = input_ids.shape
+    every = torch.arange(batch * width)
+    if attention_mask is not None:
+        real = attention_mask.bool().cpu()
+        return [rows[keep] for rows, keep in zip(every.view(batch, width), real, strict=True)]
+    if position_ids is not None:
+        starts = (position_ids.flatten().cpu() == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], len(every)]
+        return [every[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [*every.view(batch, width)]
 
 
 def count_items(batches: Iterable[Mapping[str, Any]]) -> Tensor:
