@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
-from typing import NamedTuple
 
 import numpy as np
 
-from sra.span_table import SpanTable
+from sra.span_table import Cell, SpanTable
 from sra.token_bytes import TokenBytes
 
 KINDS = {
@@ -18,45 +16,13 @@ KINDS = {
 }
 
 
-class Cell(NamedTuple):
-    """Neighbouring tokens of both sides: a span, or what lies between two.
-
-    kind: a key of `KINDS`.
-    student, teacher: ranges of token indices.
-    bytes: of the text, or None outside spans.
-    """
-
-    kind: str
-    student: range
-    teacher: range
-    bytes: tuple[int, int] | None
-
-
-def cells(table: SpanTable) -> Iterator[Cell]:
-    """The text's tokens from left to right."""
-    at = [table.student_start, table.teacher_start]
-    ends = [len(table.student_ids), len(table.teacher_ids)]
-    for s, t, b in zip(
-        table.student.tolist(), table.teacher.tolist(), table.bytes.tolist(), strict=True
-    ):
-        between = Cell("none", range(at[0], s[0]), range(at[1], t[0]), None)
-        if between.student or between.teacher:
-            yield between
-        kind = "one" if s[1] - s[0] == t[1] - t[0] == 1 else "many"
-        yield Cell(kind, range(*s), range(*t), (b[0], b[1]))
-        at = [s[1], t[1]]
-    rest = Cell("none", range(at[0], ends[0]), range(at[1], ends[1]), None)
-    if rest.student or rest.teacher:
-        yield rest
-
-
 def alignment_page(table: SpanTable, *, student: str = "student", teacher: str = "teacher") -> str:
     """The page, complete; whatever text and names hold, they are shown and never run.
 
     Args:
         student, teacher: names of the tokenizers.
     """
-    found = list(cells(table))
+    found = list(table.cells())
     raw = table.student_text.encode(), table.teacher_text.encode()
     size = len(table.text.encode())
     count = {kind: sum(cell.kind == kind for cell in found) for kind in KINDS}

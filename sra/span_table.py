@@ -5,13 +5,30 @@ from __future__ import annotations
 import shutil
 import sys
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TextIO
+from typing import Literal, NamedTuple, TextIO
 
 import numpy as np
 
 from sra.token_bytes import TokenBytes
+
+PAINT = {"one": "", "many": "\033[33m", "none": "\033[31m"}
+
+
+class Cell(NamedTuple):
+    """Neighbouring tokens of both sides: a span, or what lies between two.
+
+    kind: "one" token to one, "many" tokens, or "none": in no span.
+    student, teacher: ranges of token indices.
+    bytes: of the text, or None outside spans.
+    """
+
+    kind: Literal["one", "many", "none"]
+    student: range
+    teacher: range
+    bytes: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,21 @@ class SpanTable:
     def __len__(self) -> int:
         return len(self.bytes)
 
+    def cells(self) -> Iterator[Cell]:
+        """The text's tokens from left to right, span by span."""
+        at = [self.student_start, self.teacher_start]
+        for s, t, b in zip(
+            self.student.tolist(), self.teacher.tolist(), self.bytes.tolist(), strict=True
+        ):
+            if at != [s[0], t[0]]:
+                yield Cell("none", range(at[0], s[0]), range(at[1], t[0]), None)
+            kind: Literal["one", "many"] = "one" if s[1] - s[0] == t[1] - t[0] == 1 else "many"
+            yield Cell(kind, range(*s), range(*t), (b[0], b[1]))
+            at = [s[1], t[1]]
+        ends = [len(self.student_ids), len(self.teacher_ids)]
+        if at != ends:
+            yield Cell("none", range(at[0], ends[0]), range(at[1], ends[1]), None)
+
     def show(
         self, *, width: int | None = None, color: bool | None = None, file: TextIO | None = None
     ) -> None:
@@ -80,38 +112,26 @@ class SpanTable:
         margin = len(f"{size}-{size}")
         column = max(8, (width - margin - 6) // 2)
 
-        single = (np.diff(self.student) == 1) & (np.diff(self.teacher) == 1)
+        cells = list(self.cells())
         print(
             f"{len(self)} spans over {size} bytes, coverage {self.coverage:.1%}; "
             f"{len(self.student_ids) - self.student_start} student and "
             f"{len(self.teacher_ids) - self.teacher_start} teacher tokens; "
-            f"{int(single.sum())} spans are one token to one",
+            f"{sum(cell.kind == 'one' for cell in cells)} spans are one token to one",
             file=file,
         )
         print(f"{'bytes':>{margin}} │ {_pad('student', column)} │ teacher", file=file)
-        s_at, t_at = self.student_start, self.teacher_start
-        ends = ([len(self.student_ids)] * 2, [len(self.teacher_ids)] * 2)
-        for s, t, b in zip(
-            [*self.student.tolist(), ends[0]],
-            [*self.teacher.tolist(), ends[1]],
-            [*self.bytes.tolist(), None],
-            strict=True,
-        ):
-            rows = [("", range(s_at, s[0]), range(t_at, t[0]), "\033[31m")]
-            if b is not None:
-                one_to_one = s[1] - s[0] == t[1] - t[0] == 1
-                paint = "" if one_to_one else "\033[33m"
-                rows.append((f"{b[0]}-{b[1]}", range(*s), range(*t), paint))
-            for label, left, right, paint in rows:
-                cells = [
-                    _wrap(_visible(self.student_tokens, left, student_raw), column),
-                    _wrap(_visible(self.teacher_tokens, right, teacher_raw), column),
-                ]
-                for one, other in zip_longest(*cells, fillvalue=""):
-                    line = f"{label:>{margin}} │ {_pad(one, column)} │ {other}".rstrip()
-                    print(f"{paint}{line}\033[0m" if color and paint else line, file=file)
-                    label = ""
-            s_at, t_at = s[1], t[1]
+        for cell in cells:
+            paint = PAINT[cell.kind] if color else ""
+            label = f"{cell.bytes[0]}-{cell.bytes[1]}" if cell.bytes else ""
+            sides = [
+                _wrap(_visible(self.student_tokens, cell.student, student_raw), column),
+                _wrap(_visible(self.teacher_tokens, cell.teacher, teacher_raw), column),
+            ]
+            for one, other in zip_longest(*sides, fillvalue=""):
+                line = f"{label:>{margin}} │ {_pad(one, column)} │ {other}".rstrip()
+                print(f"{paint}{line}\033[0m" if paint else line, file=file)
+                label = ""
 
 
 def _visible(tokens: TokenBytes, indices: range, raw: bytes) -> str:

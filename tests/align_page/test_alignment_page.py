@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from sra.alignment import SpanAligner
-from sra.alignment_page import KINDS, alignment_page, cells
+from sra.alignment_page import KINDS, alignment_page
 from sra.commands import align
 from tests import tiny
 
@@ -46,7 +46,7 @@ def test_every_token_is_in_one_cell():
     for text in (row["completion"] for row in tiny.ROWS):
         for teacher in (tiny.teacher_tokenizer(), tiny.lossy_tokenizer()):
             aligned = table(text, teacher)
-            found = list(cells(aligned))
+            found = list(aligned.cells())
             for side, ids in (("student", aligned.student_ids), ("teacher", aligned.teacher_ids)):
                 indices = [i for cell in found for i in getattr(cell, side)]
                 assert indices == list(range(len(ids)))
@@ -58,7 +58,7 @@ def test_every_token_is_in_one_cell():
 def test_the_kinds_are_counted():
     aligned = table("The Nile flows 🐸", tiny.lossy_tokenizer())
     page = Page(alignment_page(aligned))
-    kinds = [cell.kind for cell in cells(aligned)]
+    kinds = [cell.kind for cell in aligned.cells()]
     assert set(kinds) == set(KINDS)
     shown = [value for name, value in page.attributes if name == "class" and value in KINDS]
     assert shown == list(KINDS)  # the key
@@ -70,7 +70,7 @@ def test_the_kinds_are_counted():
 def test_ids_and_bytes_of_each_span_are_told():
     aligned = table("The Nile")
     details = Page(alignment_page(aligned)).details
-    assert len(details) == len(list(cells(aligned)))
+    assert len(details) == len(list(aligned.cells()))
     everything = "\n".join(details)
     for i in (*aligned.student_ids, *aligned.teacher_ids):
         assert f"id {i} " in everything
