@@ -27,6 +27,8 @@ class Example(NamedTuple):
     tables: the row's spans with each teacher that it goes to, by the teacher's index.
     coverage: share of the pieces' bytes inside spans, mean over those teachers.
     size: UTF-8 bytes of the pieces.
+
+    A row that truncation leaves nothing of is one token without a label, and goes to no teacher.
     """
 
     input_ids: np.ndarray
@@ -36,13 +38,19 @@ class Example(NamedTuple):
     coverage: float
     size: int
 
+    @property
+    def left_out(self) -> bool:
+        """Whether nothing of the row is learnt."""
+        return not (self.labels != IGNORED).any()
+
 
 class SpanCollator:
     """Makes batches for `SpanDistiller` out of rows: all tokenizations, labels and spans.
 
     Each side writes a row in its own way (`sra.chat.render`). What is learnt has labels; spans lie
-    inside the completion, the text or the contents of trained messages. Deterministic; it can be
-    pickled for data workers.
+    inside the completion, the text or the contents of trained messages. A row whose prompt alone
+    fills `max_length` is left out: one token in the batch, without label or teacher. Deterministic;
+    it can be pickled for data workers.
 
     Args:
         aligner: finds the spans; it holds both tokenizers. Several of them, which share the
@@ -132,8 +140,8 @@ class SpanCollator:
         """One row, checked, tokenised and aligned.
 
         Raises:
-            ValueError: it is no row, a template refuses it, it names no teacher that there is, or
-                truncation leaves nothing to learn; each with `where`.
+            ValueError: it is no row, a template refuses it, or it names no teacher that there is;
+                each with `where`.
         """
         check_row(row, where)
         chosen = self._teachers_of(row, where)
@@ -142,10 +150,7 @@ class SpanCollator:
         tokens = self.aligner.student(student.text)
         labels, num_bytes = _labels(student, tokens[: self.max_length])
         if not (labels != IGNORED).any():
-            raise ValueError(
-                f"{where} ({snippet(row)!r}) has no token to learn within max_length = "
-                f"{self.max_length}. Raise max_length or drop the row."
-            )
+            return Example(tokens.ids[:1], labels[:1], 0, {}, coverage=1.0, size=0)
         tables = {}
         for k in chosen:
             name = "teacher" if len(self.aligners) == 1 else f"teacher {self.teacher_names[k]!r}"
@@ -254,19 +259,25 @@ def sequence_ids(batch: Mapping[str, Any], index: int) -> list[int]:
 
 def check_coverage(
     rows: Iterable[Mapping[str, Any]], collator: SpanCollator, minimum: float
-) -> float:
-    """The share of the trained texts' bytes inside spans.
+) -> tuple[float, int]:
+    """The share of the trained texts' bytes inside spans, and how many rows are left out.
 
     Raises:
-        ValueError: it is under `minimum`, or a row holds nothing to learn from.
+        ValueError: the share is under `minimum`, every row is left out, or one is broken.
     """
-    covered, total = 0.0, 0
+    covered, total, left_out, number = 0.0, 0, 0, -1
     worst: tuple[float, int, str] = (2.0, 0, "")
     for number, row in enumerate(rows):
         example = collator.example(row, f"Row {number}")
         covered, total = covered + example.coverage * example.size, total + example.size
+        left_out += example.left_out
         if example.coverage < worst[0]:
             worst = (example.coverage, number, _uncovered(example, row))
+    if left_out and left_out == number + 1:
+        raise ValueError(
+            f"None of {left_out:,} rows has a token to learn within max_length = "
+            f"{collator.max_length}: their prompts fill it. Raise max_length."
+        )
     coverage = covered / total if total else 1.0
     if coverage < minimum:
         share, number, text = worst
@@ -275,7 +286,7 @@ def check_coverage(
             f"Worst is row {number} with {share:.1%}: {text!r}. Look at it with `sra align`, "
             "choose another pair, or lower min_coverage."
         )
-    return coverage
+    return coverage, left_out
 
 
 def _uncovered(example: Example, row: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ class DistillerOutput(ModelOutput):
     coverage: share of the trained text's bytes inside spans.
     agreement: share of a sample of spans at whose ends student and teacher have the same most
         likely entry of the shared vocabulary; None unless `SpanDistiller.agreement_spans` is set.
-    bits_per_byte: of the student on the labels of this batch, before the step.
+    bits_per_byte: of the student on the labels of this batch, before the step; None without any.
     """
 
     loss: Tensor | None = None
@@ -176,7 +176,9 @@ class SpanDistiller(nn.Module):
         own = own_counts(labels, teachers)
         loss, parts = combine(self.objective, ce, terms, step_counts(own, num_items_in_batch))
         shared = None if terms is None else terms.shared_mass
-        bits = None if num_bytes is None else ce.detach() / math.log(2) / num_bytes.sum()
+        bits = None
+        if num_bytes is not None and num_bytes.any():
+            bits = ce.detach() / math.log(2) / num_bytes.sum()
         return DistillerOutput(
             loss=loss,
             shared_mass=None if shared is None else shared / own[2].clamp(min=1),

@@ -31,6 +31,7 @@ PROJECTOR_FILE = "projector.safetensors"
 # Means over a batch; the other terms are sums over it, divided by the counts of the step.
 SHARES = ("shared_mass", "coverage", "agreement", "bits_per_byte")
 TERMS = ("ce", "cosine", "geometry", "logit", *SHARES)
+PATIENCE = 50  # batches without enough spans, or steps without a label, before a run is stopped
 CHECKED_ROWS = 10_000  # of a larger data set, so many are aligned before the run
 
 
@@ -57,7 +58,8 @@ class SRATrainer(Trainer):
     Raises:
         ValueError: alignment covers less of the training data than `args.min_coverage`, or a row is
             broken; before anything is written (of more than 10,000 rows, as many evenly spaced ones
-            are looked at; of a stream none, but see below).
+            are looked at; of a stream none, but see below). A row whose prompt fills
+            `args.max_length` is left out; `left_out` counts them, of those that were looked at.
         RuntimeError: while training: a loss that is not finite, coverage that stays under
             `args.min_coverage`, a checkpoint that cannot be written. The last whole checkpoint is
             left, to resume from.
@@ -92,10 +94,11 @@ class SRATrainer(Trainer):
             teacher_names=teacher_names,
         )
         self.coverage: float | None = None
+        self.left_out: int | None = None
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
             minimum = args.min_coverage if objective.needs_teacher else 0.0
             checked = list(_evenly(train_dataset, CHECKED_ROWS))
-            coverage = check_coverage(checked, collator, minimum)
+            coverage, self.left_out = check_coverage(checked, collator, minimum)
             check_caches(_listed(teacher_model), collator, checked, objective.side(1))
             self.coverage = coverage if objective.needs_teacher else None
         for number, row in enumerate(eval_dataset or ()):
@@ -126,6 +129,7 @@ class SRATrainer(Trainer):
             model = get_peft_model(model, peft_config)
         self._terms: list[dict[str, Tensor]] = []
         self._steps = 0  # that _terms are of
+        self._barren = 0  # steps without a label, in a row
         self._covered: list[float] = []
         self._speed = Speed()
         stream = _Passes(train_dataset) if isinstance(train_dataset, RowStream) else None
@@ -179,6 +183,7 @@ class SRATrainer(Trainer):
                 student=self.distiller.student.name_or_path,
                 teachers=[getattr(t, "name_or_path", None) for t in self.distiller.teachers],
                 coverage=self.coverage,
+                left_out=self.left_out,
             )
         reset_peak()
         self._speed = Speed()
@@ -195,7 +200,14 @@ class SRATrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Tokens, sequences and spans of the whole step, over all micro-batches and ranks."""
         self._steps += 1
-        counts = count_items(batch_samples).to(device)
+        counts = count_items(batch_samples)
+        self._barren = 0 if counts[0] else self._barren + 1
+        if self._barren == PATIENCE:
+            raise RuntimeError(
+                f"There was nothing to learn in {PATIENCE} steps: the prompts of all their rows "
+                f"fill max_length = {self.sra_args.max_length}. Raise it."
+            )
+        counts = counts.to(device)
         self._speed.tokens += sum(batch["input_ids"].numel() for batch in batch_samples)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(dim=0)
@@ -238,17 +250,17 @@ class SRATrainer(Trainer):
         run_record.check_weights(self.distiller, self.state.global_step, (history or [{}])[-1])
 
     def _watch_coverage(self, inputs: Mapping[str, Any]) -> None:
-        """Stop when spans cover too little for 50 batches, as data that streams may turn."""
+        """Stop when spans cover too little, as data that streams may turn."""
         if not self.distiller.teachers or "coverage" not in inputs:
             return
         shares = inputs["coverage"].tolist()
-        self._covered = [*self._covered, sum(shares) / max(len(shares), 1)][-50:]
+        self._covered = [*self._covered, sum(shares) / max(len(shares), 1)][-PATIENCE:]
         mean = sum(self._covered) / len(self._covered)
-        if len(self._covered) == 50 and mean < self.sra_args.min_coverage:
+        if len(self._covered) == PATIENCE and mean < self.sra_args.min_coverage:
             worst = min(range(len(shares)), key=shares.__getitem__)
             snippet = cast(Any, self.processing_class).decode(sequence_ids(inputs, worst)[-60:])
             raise RuntimeError(
-                f"Spans cover {mean:.1%} of the last 50 batches (minimum "
+                f"Spans cover {mean:.1%} of the last {PATIENCE} batches (minimum "
                 f"{self.sra_args.min_coverage:.0%}). Worst of the last one, with "
                 f"{shares[worst]:.1%}, ends in {snippet!r}. Look at it with `sra align`, or lower "
                 "min_coverage and resume."

@@ -85,6 +85,11 @@ def run(args: argparse.Namespace) -> int:
     )
     if trainer.coverage is not None:
         print(f"Spans cover {trainer.coverage:.1%} of the trained texts' bytes.")
+    if trainer.left_out:
+        print(
+            f"{trainer.left_out:,} rows are left out: their prompts fill max_length = "
+            f"{config.max_length}."
+        )
     if config.should_save:
         write_record(output, inputs=inputs)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

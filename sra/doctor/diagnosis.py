@@ -237,9 +237,8 @@ def _plan(
         )  # fmt: skip
     sizes = []
     for number, row in enumerate(sample.rows):
-        try:
-            example = collator.example(row, f"Row {number}")
-        except ValueError:  # nothing to learn within max_length, which is reported
+        example = collator.example(row, f"Row {number}")
+        if example.left_out:  # which is reported
             continue
         spans = example.tables[0]
         labels = int((example.labels != IGNORED).sum())

@@ -49,9 +49,6 @@ class ComparedRow:
         return sum(self.divergence) / len(self.spans) if self.spans else math.nan
 
 
-NOTHING = ComparedRow([], [], [], [], [], [])
-
-
 @torch.no_grad()
 def compare_spans(
     student: Any,
@@ -76,8 +73,7 @@ def compare_spans(
         batch_size: rows in a forward pass.
 
     Returns:
-        one `ComparedRow` a row, in order; without spans for a row that `collator` refuses, because
-        truncation leaves nothing of it, say.
+        one `ComparedRow` a row, in order; without spans for a row that `collator` leaves out.
     """
     models = [model for model in (student, teacher) if isinstance(model, nn.Module)]
     modes = [model.training for model in models]
@@ -86,10 +82,8 @@ def compare_spans(
     try:
         compared = []
         for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            kept, batch = _batch(part, collator)
-            found = iter(_compare(student, teacher, batch, vocabulary) if batch else ())
-            compared += [next(found) if keep else NOTHING for keep in kept]
+            batch = collator(rows[start : start + batch_size])
+            compared += _compare(student, teacher, batch, vocabulary)
     finally:
         for model, training in zip(models, modes, strict=True):
             model.train(training)
@@ -127,38 +121,21 @@ def agreement_of(compared: Sequence[ComparedRow]) -> float:
     return sum(row.agreements for row in compared) / spans
 
 
-def _batch(
-    rows: Sequence[Mapping[str, Any]], collator: Any
-) -> tuple[list[bool], Mapping[str, Any] | None]:
-    """Which of the rows can be learnt from, and those as a batch."""
-    try:
-        return [True] * len(rows), collator(rows)
-    except ValueError:  # at least one cannot: most often truncation leaves nothing of it
-        kept = [_learnable(row, collator) for row in rows]
-    chosen = [row for row, keep in zip(rows, kept, strict=True) if keep]
-    return kept, collator(chosen) if chosen else None
-
-
-def _learnable(row: Mapping[str, Any], collator: Any) -> bool:
-    try:
-        collator([row])
-    except ValueError:
-        return False
-    return True
-
-
 def _compare(
     student: Any, teacher: Any, batch: Mapping[str, Any], vocabulary: SharedVocabulary | None
 ) -> list[ComparedRow]:
     theirs = batch["teachers"][0]
     spans = theirs["student_spans"]
-    heads = head_of(student), head_of(teacher)
-    divergence, student_top, teacher_top = _at_ends(
-        _hidden(student, batch, heads[0].weight.device)[spans[:, 1] - 1],
-        _hidden(teacher, theirs, heads[1].weight.device)[theirs["teacher_spans"][:, 1] - 1],
-        *heads,
-        vocabulary,
-    )
+    divergence: list[float] = []
+    tops: tuple[list[int], list[int]] = [], []
+    if len(spans):
+        heads = head_of(student), head_of(teacher)
+        divergence, *tops = _at_ends(
+            _hidden(student, batch, heads[0].weight.device)[spans[:, 1] - 1],
+            _hidden(teacher, theirs, heads[1].weight.device)[theirs["teacher_spans"][:, 1] - 1],
+            *heads,
+            vocabulary,
+        )
     ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
     compared = []
     layout = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
@@ -171,8 +148,8 @@ def _compare(
                 labelled=[label >= 0 for label in labels[begin:end]],
                 spans=[(a - begin, b - begin) for a, b in spans[inside].tolist()],
                 divergence=[divergence[i] for i in inside],
-                student_top=[student_top[i] for i in inside],
-                teacher_top=[teacher_top[i] for i in inside],
+                student_top=[tops[0][i] for i in inside],
+                teacher_top=[tops[1][i] for i in inside],
             )
         )
     return compared

@@ -79,6 +79,8 @@ def _about(report: Report) -> str:
         parts.append(f"started {str(report.run['started'])[:16].replace('T', ' ')}")
     if isinstance(report.run.get("coverage"), int | float):
         parts.append(f"spans cover {report.run['coverage']:.1%} of the trained bytes")
+    if report.run.get("left_out"):
+        parts.append(f"{report.run['left_out']:,} rows left out, their prompts fill max_length")
     parts.append(f"report of {datetime.now():%Y-%m-%d %H:%M}")
     return " · ".join(parts)
 

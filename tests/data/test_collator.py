@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import CONVERSATION, PADDINGS, ROW, both_sides, sequences
 
-from sra import SpanAligner, SpanCollator
+from sra import SpanAligner, SpanCollator, count_items
 from sra.collator import check_coverage
 from sra.data import IGNORED
 from tests import tiny
@@ -250,10 +250,21 @@ def test_each_side_is_truncated_for_itself_in_any_turn(limits):
     assert batch["labels"][0][learnt].tolist() == batch["input_ids"][0][learnt].tolist()
 
 
-def test_a_prompt_that_fills_max_length():
-    message = r"Row 1 of the batch \('a long one .*no token to learn within max_length = 64\. Raise"
-    with pytest.raises(ValueError, match=message):
-        tiny.collator(64)([tiny.ROWS[0], LONG])
+@pytest.mark.parametrize("padding", ["right", "left", "free"])
+def test_a_prompt_that_fills_max_length_is_left_out(padding):
+    """It costs one token, and goes to no teacher."""
+    collator = SpanCollator(tiny.collator().aligner, max_length=64, padding=padding)
+    assert collator.example(LONG, "").left_out
+    assert not collator.example(tiny.ROWS[0], "").left_out
+    rows = [LONG, tiny.ROWS[0], LONG, tiny.ROWS[1]]
+    batch, rest = collator(rows), collator([tiny.ROWS[0], tiny.ROWS[1]])
+    assert batch["num_bytes"].tolist() == [0, rest["num_bytes"][0], 0, rest["num_bytes"][1]]
+    (teacher,), (other,) = batch["teachers"], rest["teachers"]
+    for name in ("input_ids", "teacher_spans", "span_offsets"):
+        assert torch.equal(teacher[name], other[name])
+    tokens = batch.get("attention_mask", batch["input_ids"].bool()).sum()
+    assert tokens == rest.get("attention_mask", rest["input_ids"].bool()).sum() + 2
+    assert torch.equal(count_items([batch]), count_items([rest]))
 
 
 def test_a_teacher_that_sees_only_the_prompt_gives_no_spans():
@@ -282,8 +293,8 @@ def test_lone_surrogates_do_not_stop_a_batch():
 
 
 def test_full_coverage():
-    assert check_coverage(tiny.ROWS, tiny.collator(), 0.9) == pytest.approx(1, abs=0.01)
-    assert check_coverage([CONVERSATION, *MIXED], tiny.collator(), 0.9) == 1
+    assert check_coverage(tiny.ROWS, tiny.collator(), 0.9)[0] == pytest.approx(1, abs=0.01)
+    assert check_coverage([CONVERSATION, *MIXED], tiny.collator(), 0.9) == (1, 0)
 
 
 def lossy_collator():
@@ -293,7 +304,7 @@ def lossy_collator():
 def test_coverage_is_by_bytes_of_the_trained_texts():
     rows = [tiny.ROWS[0], tiny.ROWS[4]]  # covered whole; not at all
     sizes = [len(row["completion"].encode()) for row in rows]
-    coverage = check_coverage(rows, lossy_collator(), 0.5)
+    coverage, _ = check_coverage(rows, lossy_collator(), 0.5)
     assert coverage == pytest.approx(sizes[0] / sum(sizes))
 
 
@@ -317,6 +328,7 @@ def test_coverage_check_names_a_broken_row():
         check_coverage([ROW, ROW, ROW | {"completion": ""}], tiny.collator(), 0.9)
 
 
-def test_coverage_check_finds_a_row_without_room_for_its_completion():
-    with pytest.raises(ValueError, match=r"Row 1 .*max_length = 64"):
-        check_coverage([tiny.ROWS[0], LONG], tiny.collator(64), 0.9)
+def test_coverage_check_counts_rows_without_room_for_their_completion():
+    assert check_coverage([tiny.ROWS[0], LONG, LONG], tiny.collator(64), 0.9) == (1.0, 2)
+    with pytest.raises(ValueError, match=r"None of 2 rows has .*max_length = 64: .*Raise"):
+        check_coverage([LONG, LONG], tiny.collator(64), 0.9)

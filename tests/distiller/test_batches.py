@@ -93,6 +93,20 @@ def test_cross_entropy_alone_under_any_padding(padding):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("padding", ["right", "left", "free"])
+def test_rows_that_are_left_out_change_nothing(padding):
+    long = {"prompt": "a long one " * 40, "completion": "short"}
+    module, make = distiller(), collator(padding=padding)
+    want, wanted = gradient(module, make(tiny.ROWS))
+    got, gotten = gradient(module, make([long, *tiny.ROWS[:3], long, *tiny.ROWS[3:]]))
+    assert_same(gotten, wanted)
+    assert_same(*({k: v for k, v in out.items() if k != "coverage"} for out in (got, want)))
+    nothing, zeros = gradient(module, make([long, long]))
+    assert nothing.loss == 0
+    assert nothing.bits_per_byte is None
+    assert not any(grad.any() for grad in zeros.values())
+
+
 def test_packed_sequences_do_not_see_each_other():
     batch = collator(padding="free")(tiny.ROWS)
     (teacher,) = batch["teachers"]

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from sra import SRAConfig, SRATrainer, TeacherCache, bits_per_byte, stream_rows
 from sra.progress import LiveTerms
+from sra.run_record import read_record
 from sra.trainer import last_checkpoint
 from tests import tiny
 
@@ -332,7 +333,6 @@ def test_coverage_that_falls_while_the_data_stream(tmp_path):
     [
         ({"prompt": "x"}, "Row 8: there is no 'completion'"),
         ({"prompt": "x", "completion": " "}, "Row 8: the completion is empty"),
-        ({"prompt": "word " * 200, "completion": "y"}, r"Row 8 .*max_length = 100\. Raise"),
     ],
 )
 def test_a_row_that_cannot_be_learnt(tmp_path, recipe, row, message):
@@ -340,6 +340,22 @@ def test_a_row_that_cannot_be_learnt(tmp_path, recipe, row, message):
     with pytest.raises(ValueError, match=message):
         trainer(folder, recipe=recipe, outside=None, rows=[*tiny.ROWS, row], max_length=100)
     assert not folder.exists()
+
+
+def test_rows_whose_prompts_fill_max_length_are_left_out(tmp_path):
+    long = {"prompt": "word " * 200, "completion": "y"}
+    run = trainer(tmp_path / "run", rows=[*tiny.ROWS, long, long], max_length=100, max_steps=5)
+    run.train()
+    assert run.left_out == 2
+    assert read_record(tmp_path / "run")["left_out"] == 2
+
+
+def test_a_stream_of_nothing_but_such_rows_stops(tmp_path):
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "word " * 200, "completion": "y"}])
+    run = trainer(tmp_path / "run", rows=stream_rows(file), max_length=100, max_steps=200)
+    with pytest.raises(RuntimeError, match=r"nothing to learn in 50 steps: .*max_length = 100"):
+        run.train()
+    assert run.state.global_step == 49
 
 
 def test_a_broken_row_of_the_held_out_data(tmp_path):
