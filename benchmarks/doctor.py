@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from sra.alignment import SpanAligner
+    from sra.allocator import keep_freed_memory
     from sra.collator import SpanCollator
     from sra.data import IGNORED
     from sra.distiller import SpanDistiller
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sra.progress import reset_peak, resident
     from sra.vocabulary import SharedVocabulary
 
+    keep_freed_memory()  # as `sra distill` does
     clock = time.process_time if args.processor_time else time.perf_counter
     tokenizers = load_tokenizer(STUDENT), load_tokenizer(TEACHER)
     configs = [AutoConfig.from_pretrained(resolve_model(x)) for x in (STUDENT, TEACHER)]

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from sra.alignment import SpanAligner
+from sra.allocator import keep_freed_memory
 from sra.chat import render_prompt
 from sra.collator import SpanCollator
 from sra.config import SRAConfig
@@ -89,6 +90,7 @@ def run_demo(*, student: str, teacher: str, layers: int, output: Path, scale: fl
     logging.disable_progress_bar()  # of loading and saving, which would bury the runs' own
     if scale <= 0:
         raise ValueError(f"--scale {scale}: it must be positive.")
+    keep_freed_memory()
     tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
     collator = SpanCollator(SpanAligner(tokenizer, teacher_tokenizer), max_length=2 * MAX_TOKENS)
     held_out, rows = choose_rows(collator)

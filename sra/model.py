@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +169,25 @@ def _head_shape(model: Any) -> Sequence[int]:
     return getattr(weight, "ds_shape", weight.shape)  # DeepSpeed leaves a stub behind
 
 
+@contextmanager
+def loaded_whole(args: Any) -> Iterator[None]:
+    """Models loaded in here are whole on each rank, though `args`, the configuration of a run, is
+    of DeepSpeed's ZeRO-3, under which `from_pretrained` splits every model. For teachers."""
+    from transformers.integrations.deepspeed import (
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
+
+    if args.hf_deepspeed_config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
 def place_teacher(teacher: Any, device: torch.device) -> None:
     """Move a teacher to a device, as a Trainer moves the student alone. One that is somewhere on
     purpose stays there: one that is sharded, or on a GPU already.
@@ -183,7 +203,8 @@ def place_teacher(teacher: Any, device: torch.device) -> None:
     if hasattr(first, "ds_id"):
         raise ValueError(
             "The teacher was loaded in DeepSpeed's parts (ZeRO-3), and no engine gathers them. "
-            "Load it before SRAConfig(deepspeed=...) is made: it is then whole on each rank."
+            "Load it before SRAConfig(deepspeed=...) is made, or inside `with "
+            "sra.model.loaded_whole(config):`. It is then whole on each rank."
         )
     if hasattr(first, "full_tensor"):
         return

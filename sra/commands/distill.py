@@ -22,7 +22,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     given, config = _parsed(args.options)
 
+    from sra.allocator import keep_freed_memory
     from sra.data import load_rows, stream_rows
+    from sra.model import loaded_whole
     from sra.packages import load_model, load_tokenizer
     from sra.run_record import check_settings, last_checkpoint, write_record
     from sra.trainer import SRATrainer
@@ -57,13 +59,16 @@ def run(args: argparse.Namespace) -> int:
     if given.resume and not checkpoint:
         print(f"{output} holds no checkpoint yet: starting from the beginning.")
     inputs = _inputs(given, config)
+    if config.device.type == "cpu":
+        keep_freed_memory()
     if checkpoint:
         check_settings(output, config.to_dict(), inputs)
 
     student_options = _options(given, given.model_revision)
     teacher_options = _options(given, given.teacher_model_revision)
     names = given.teacher_model_name_or_path
-    teachers = _teachers(given, config, teacher_options) if needs_teacher else []
+    with loaded_whole(config):
+        teachers = _teachers(given, config, teacher_options) if needs_teacher else []
     tokenizers = [load_tokenizer(name, **teacher_options) for name in names] or [
         teacher.tokenizer
         for teacher in teachers  # a cache keeps its teacher's

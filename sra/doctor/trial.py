@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from sra.alignment import SpanAligner
+from sra.allocator import keep_freed_memory
 from sra.collator import SpanCollator
 from sra.distiller import SpanDistiller
 from sra.doctor.checks import MUCH_MASS_LOST, Finding
@@ -46,6 +47,8 @@ def trial(
     Raises:
         ValueError: what the models or the rows do not allow.
     """
+    if device == "cpu":
+        keep_freed_memory()
     start_memory = resident("VmRSS")
     student = load_model(names[0]).to(device).train()
     teacher = load_model(names[1]).to(device, dtype) if objective.needs_teacher else None

@@ -67,8 +67,10 @@ class _Recorder(TorchDispatchMode):
         self.moved = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name
+        if name == "aten::_grouped_mm":
+            return self._experts(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         if not name.startswith("aten::") or func.is_view or name in _FREE:
             return out
         inputs = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(x)]
@@ -85,6 +87,15 @@ class _Recorder(TorchDispatchMode):
             self.moved += sum(_nbytes(x) for x in outputs)
         else:
             self.moved += 2 * sum(_nbytes(x) for x in outputs)
+        return out
+
+    def _experts(self, a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Products of the rows of each expert, all of one shape: the fake one is for bf16 alone."""
+        groups = [len(offs)] if b.dim() == 2 else []  # the gradient of the weights
+        self.gemms[a.shape[0], b.shape[-1], a.shape[-1]] += 1
+        out = a.new_empty(*groups, a.shape[0], b.shape[-1])
+        self.moved += _nbytes(out if groups else b)  # every expert's weights
+        self.operations += len(offs)
         return out
 
     def work(self) -> Work:

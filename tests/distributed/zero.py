@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from sra import count_items
+from sra.model import loaded_whole
 from tests.distributed import pairs, runs
 
 if find_spec("deepspeed"):
@@ -87,6 +92,11 @@ def _run(own: Path, folder: Path, world: int, *, stage: int) -> None:
     if stage == 3:  # the first run's configuration is still there
         with pytest.raises(ValueError, match="Load it before SRAConfig"):
             _trainer(own / "late", world, stage)
+        with loaded_whole(whole.args):
+            assert not is_deepspeed_zero3_enabled()
+            model = AutoModelForCausalLM.from_pretrained(saved)
+            assert not any(hasattr(p, "ds_id") for p in model.parameters())
+        assert is_deepspeed_zero3_enabled()
     unset_hf_deepspeed_config()
     again = _trainer(own / "again", world, stage)
     again.train(resume_from_checkpoint=str(own / "whole" / "checkpoint-2"))

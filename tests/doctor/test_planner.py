@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -113,6 +114,26 @@ def test_bfloat16_keeps_smaller_activations():
     full = trace(wide(), batch_size=4, tokens=256, dtype=torch.float32)
     half = trace(wide(), batch_size=4, tokens=256, dtype=torch.bfloat16)
     assert half.saved < 0.9 * full.saved
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_more_expert_a_token_is_so_many_more_products(family, dtype):
+    """Three of hidden x inner for each token and layer; twice as many backward."""
+    rows, hidden, inner, layers = 2 * 50, 64, 128, 3
+
+    def flops(experts):
+        config = AutoConfig.for_model(
+            family, vocab_size=1000, hidden_size=hidden, num_hidden_layers=layers,
+            intermediate_size=inner, moe_intermediate_size=inner, num_local_experts=8,
+            num_experts=8, num_experts_per_tok=experts, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16,
+        )  # fmt: skip
+        found = trace(config, batch_size=2, tokens=50, dtype=dtype)
+        return np.array([found.forward.flops(), found.backward.flops()])
+
+    more = 3 * 2 * rows * hidden * inner * layers
+    assert flops(3) - flops(2) == pytest.approx([more, 2 * more])
 
 
 def test_a_shrunk_configuration_keeps_one_entry_a_layer():
