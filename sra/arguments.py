@@ -154,6 +154,8 @@ def _settle(given: dict[str, list[str]]) -> None:
         given.setdefault("eval_strategy", ["steps"])
     if not torch.cuda.is_available():
         given.setdefault("dataloader_pin_memory", ["false"])
+    if not torch.accelerator.is_available():  # else transformers refuses bf16 on a CPU that has it
+        given.setdefault("use_cpu", ["true"])
     if "eval_data" in given:
         given.setdefault("eval_on_start", ["true"])  # a run's report shows before and after
     dtype = given.get("dtype", ["auto"])[0]

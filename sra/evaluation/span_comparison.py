@@ -130,7 +130,7 @@ def _compare(
     tops: tuple[list[int], list[int]] = [], []
     if len(spans):
         heads = head_of(student), head_of(teacher)
-        divergence, *tops = _at_ends(
+        divergence, tops = _at_ends(
             _hidden(student, batch, heads[0].weight.device)[spans[:, 1] - 1],
             _hidden(teacher, theirs, heads[1].weight.device)[theirs["teacher_spans"][:, 1] - 1],
             *heads,
@@ -173,7 +173,7 @@ def _at_ends(
     student_head: Head,
     teacher_head: Head,
     vocabulary: SharedVocabulary | None,
-) -> tuple[list[float], list[int], list[int]]:
+) -> tuple[list[float], tuple[list[int], list[int]]]:
     """Bits of divergence, and the likeliest shared token of each side as the student's id."""
     device = student_states.device
     shared = None
@@ -199,4 +199,4 @@ def _at_ends(
             else:
                 best = values.index_select(1, shared[side]).argmax(dim=-1)
                 top += shared[0][best].tolist()
-    return divergence, *tops
+    return divergence, tops

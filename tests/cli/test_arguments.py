@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sra.arguments import help_text, parse, warmup
 
@@ -37,6 +38,15 @@ def test_short_names_and_dashes():
     assert given.teacher_names == ["big", "small"]
     assert given.resume
     assert not config.bf16
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="its dtype is chosen, not the CPU's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_faster_dtype_of_a_cpu_is_taken_on_a_cpu(monkeypatch, dtype):
+    monkeypatch.setattr("sra.arguments.faster_dtype", lambda device: dtype)
+    _, config = parse(["s", "t", "--data", "rows.jsonl"])
+    assert config.bf16 == (dtype == torch.bfloat16)
+    assert config.device.type == "cpu"
 
 
 def test_evaluation_follows_from_its_steps():
