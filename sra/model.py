@@ -178,7 +178,7 @@ def loaded_whole(args: Any) -> Iterator[None]:
         unset_hf_deepspeed_config,
     )
 
-    if args.hf_deepspeed_config is None:
+    if not args.deepspeed:
         yield
         return
     unset_hf_deepspeed_config()
