@@ -290,17 +290,20 @@ def sentencepiece(package: Package, member: str) -> Tokenizer:
     return tokenizer
 
 
-def smollm2() -> Tokenizer:
-    folder = packages.cache_dir() / "models" / "SmolLM2-135M-Instruct"
+def of_model(name: str, command: str) -> Tokenizer:
+    """The tokenizer of a model that was fetched before; for a test alone it is too much to fetch."""
+    folder = packages.cache_dir() / "models" / name
     if not folder.exists():
-        raise RuntimeError("SmolLM2-135M-Instruct is not in the cache; `make demo` fetches it")
+        raise RuntimeError(f"{name} is not in the cache; `{command}` fetches it")
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 V3 = "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"
+GEMMA = "sra doctor SmolLM2-135M-Instruct Gemma-3-270M --data rows.jsonl"
 BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "gpt2": gpt2,
-    "smollm2": smollm2,
+    "smollm2": lambda: of_model("SmolLM2-135M-Instruct", "make demo"),
+    "gemma3": lambda: of_model("Gemma-3-270M", GEMMA),
     "qwen": qwen,
     "llama3": llama3,
     "tekken": tekken,

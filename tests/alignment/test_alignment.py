@@ -50,7 +50,7 @@ HOSTILE = {
     "private and unassigned": "\ue000 \U000e0041 \U0010ffff \u0378",
     "ten thousand spaces": "x" + " " * 10_000 + "y",
 }
-NAMES = sorted(BUILDERS)
+NAMES = sorted({*BUILDERS} - {"gemma3"})  # which not every machine has
 RING = list(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
 # Kinds that differ most: byte-level, NFC, NFKC, lower-cased, SentencePiece, WordPiece, Unigram.
 CROSS = [
@@ -61,6 +61,7 @@ CROSS = [
     ("clip", "bert"),
     ("unigram-ja", "tekken"),
     ("mistral-v3", "unigram-en"),
+    ("smollm2", "gemma3"),
 ]
 
 

@@ -65,6 +65,11 @@ MODELS: dict[str, tuple[str, dict[str, str], str | None]] = {
         {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"},
         None,
     ),
+    "Gemma-3-270M": (
+        "gemma3",
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+        None,
+    ),
     "gpt2": ("gpt2", {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, None),
     "bert-base-uncased": ("bert", {"pad_token": "[PAD]", "unk_token": "[UNK]"}, None),
 }
@@ -72,6 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, str], str | None]] = {
 PAIRS = (
     ("SmolLM2-135M", "Qwen2.5-0.5B"),
     ("Llama-3.2-1B", "Mistral-7B-v0.1"),
+    ("SmolLM2-135M", "Gemma-3-270M"),
     ("gpt2", "Qwen3-0.6B"),
     ("SmolLM2-135M", "bert-base-uncased"),
     ("SmolLM2-135M", "deepseek-llm-7b"),
