@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +278,17 @@ def _clean(value: Any) -> Any:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
+
+
+class Passes(IterableDataset):
+    """A stream, pass after pass, so that a resumed run skips what was read in all of them."""
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 1
+        while number:  # else a data worker has no share
+            number = 0
+            for number, row in enumerate(self.rows, start=1):  # noqa: B007
+                yield row

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -18,7 +17,7 @@ from sra.alignment import SpanAligner
 from sra.batch import count_items
 from sra.collator import SpanCollator, check_coverage, sequence_ids
 from sra.config import SRAConfig
-from sra.data import RowStream, check_row
+from sra.data import Passes, RowStream, check_row
 from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
 from sra.model import call_inside, causal_lm, head_rows, place_teacher
@@ -132,7 +131,7 @@ class SRATrainer(Trainer):
         self._barren = 0  # steps without a label, in a row
         self._covered: list[float] = []
         self._speed = Speed()
-        stream = _Passes(train_dataset) if isinstance(train_dataset, RowStream) else None
+        stream = Passes(train_dataset) if isinstance(train_dataset, RowStream) else None
         set_seed(args.seed)  # the Trainer's own call comes after the projectors' random start
         super().__init__(
             model=SpanDistiller(
@@ -173,7 +172,7 @@ class SRATrainer(Trainer):
             bare = sharded or self.args.save_only_model
             needed = () if bare else (OPTIMIZER_NAME, SCHEDULER_NAME)
             step = run_record.check_checkpoint(str(resume_from_checkpoint), needed)
-            if isinstance(self.train_dataset, _Passes) and step >= self.args.max_steps:
+            if isinstance(self.train_dataset, Passes) and step >= self.args.max_steps:
                 self.train_dataset.rows = ()  # the Trainer would make one step more
         if self.args.should_save:
             run_record.remove_halves(folder)
@@ -371,20 +370,6 @@ class SRATrainer(Trainer):
             student.load_state_dict(saved.state_dict())
         if len(self.distiller.projectors):
             self.distiller.projectors.load_state_dict(load_file(folder / PROJECTOR_FILE))
-
-
-class _Passes(IterableDataset):
-    """A stream, pass after pass, so that a resumed run skips what was read in all of them."""
-
-    def __init__(self, rows: Iterable[Any]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[Any]:
-        number = 1
-        while number:  # else a data worker has no share
-            number = 0
-            for number, row in enumerate(self.rows, start=1):  # noqa: B007
-                yield row
 
 
 def _listed(value: Any) -> list[Any]:

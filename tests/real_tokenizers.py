@@ -291,7 +291,7 @@ def sentencepiece(package: Package, member: str) -> Tokenizer:
 
 
 def of_model(name: str, command: str) -> Tokenizer:
-    """The tokenizer of a model that was fetched before; for a test alone it is too much to fetch."""
+    """Of a model that was fetched before: it is too much to fetch for a test alone."""
     folder = packages.cache_dir() / "models" / name
     if not folder.exists():
         raise RuntimeError(f"{name} is not in the cache; `{command}` fetches it")
