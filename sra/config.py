@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
 
+from sra.baselines import METHODS, Baseline, baseline
 from sra.objective import Objective, recipe
 
 OBJECTIVE_FIELDS = (
@@ -29,6 +30,13 @@ class SRAConfig(TrainingArguments):
     recipe: str = field(
         default="boundary",
         metadata={"help": 'The objective: "cross-entropy", "paper", "boundary".'},
+    )
+    method: str = field(
+        default="sra",
+        metadata={
+            "help": '"sra", by its recipe, or one that it is compared with: '
+            + f"{', '.join(METHODS)}."
+        },
     )
     alpha: float | None = field(default=None, metadata={"help": "Share of cross-entropy, 0 to 1."})
     gamma: float | None = field(default=None, metadata={"help": "Weight of the geometry term."})
@@ -95,16 +103,22 @@ class SRAConfig(TrainingArguments):
         # A batch is made of rows of text: it cannot be cut into the ranks' parts afterwards.
         cast(Any, self.accelerator_config).dispatch_batches = False
 
-    def objective(self) -> Objective:
-        """The recipe with the changes that are set.
+    def objective(self) -> Objective | Baseline:
+        """The recipe, or the method, with the changes that are set.
 
         Raises:
             ValueError: a value that is out of its range, with its name.
+            TypeError: the method has no such option.
         """
         changes = {name: getattr(self, name) for name in OBJECTIVE_FIELDS}
         layers = ",".join(map(str, self.layers or ())).split(",")
         changes["layers"] = tuple(map(_layer_pair, layers)) if self.layers else None
-        return recipe(self.recipe, **{k: v for k, v in changes.items() if v is not None})
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return (
+            recipe(self.recipe, **changes)
+            if self.method == "sra"
+            else baseline(self.method, **changes)
+        )
 
 
 def _layer_pair(text: str) -> tuple[int, int, float]:

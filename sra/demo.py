@@ -29,6 +29,7 @@ from sra.collator import SpanCollator
 from sra.config import SRAConfig
 from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
+from sra.objective import Objective
 from sra.packages import fetch_instructions, load_model, load_tokenizer
 from sra.precision import faster_dtype
 from sra.progress import peak_gib, reset_peak
@@ -248,7 +249,7 @@ def train(
 def teacher_shared_mass(trainer: SRATrainer, rows: list[Row]) -> float | None:
     """The teacher's probability of the shared vocabulary where the run's logit term asks for it."""
     run = trainer.distiller
-    if not run.objective.needs_teacher:
+    if not isinstance(run.objective, Objective) or not run.objective.needs_teacher:
         return None
     objective = replace(run.objective, outside="weight", cosine=0.0, gamma=0.0)
     probe = SpanDistiller(run.student, run.teachers, objective, vocabulary=run.vocabularies)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sra.baselines.baseline import Baseline, side_of
 from sra.batch import own_counts, step_counts
 from sra.data import IGNORED
 from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, state_width, trunk_of
@@ -62,7 +63,8 @@ class SpanDistiller(nn.Module):
         teacher: another one, or a `TeacherCache`, or a list of them in the order of the collator's
             aligners. Teachers get no gradient and are in neither `parameters()` nor `state_dict()`;
             each may have a device and a dtype of its own. None if the objective needs none.
-        objective: an `Objective`, e.g. `recipe("paper")`.
+        objective: an `Objective`, e.g. `recipe("paper")`, or a method that SRA is compared with,
+            e.g. `baseline("uld")`.
         vocabulary: the `SharedVocabulary` of both tokenizers, or a list of one for each teacher;
             None if they have one vocabulary.
         teacher_weights: of each teacher's terms; 1 by default.
@@ -81,7 +83,7 @@ class SpanDistiller(nn.Module):
         self,
         student: Any,
         teacher: Any | None,
-        objective: Objective = RECIPES["boundary"],
+        objective: Objective | Baseline = RECIPES["boundary"],
         *,
         vocabulary: SharedVocabulary | Sequence[SharedVocabulary | None] | None = None,
         teacher_weights: Sequence[float] | None = None,
@@ -106,7 +108,9 @@ class SpanDistiller(nn.Module):
         for one in self.teachers:
             if isinstance(one, nn.Module):
                 one.eval().requires_grad_(False)
-            if objective.cosine:
+            if isinstance(objective, Baseline):
+                self.projectors.extend(objective.projections(student, one))
+            elif objective.cosine:
                 self.projectors.extend(self._projector(one, *pair[:2]) for pair in objective.layers)
 
     def _check_teachers(self) -> None:
@@ -172,7 +176,8 @@ class SpanDistiller(nn.Module):
 
         terms = agreement = None
         if self.teachers:
-            terms, agreement = self._span_losses(student.rows(), head, teachers)
+            layout = dict(zip(("input_ids", "attention_mask", "position_ids"), inputs, strict=True))
+            terms, agreement = self._span_losses(student.rows(), head, layout, teachers)
         own = own_counts(labels, teachers)
         loss, parts = combine(self.objective, ce, terms, step_counts(own, num_items_in_batch))
         shared = None if terms is None else terms.shared_mass
@@ -204,7 +209,11 @@ class SpanDistiller(nn.Module):
                     )
 
     def _span_losses(
-        self, student: States, head: Head, batches: Sequence[Mapping[str, Tensor]]
+        self,
+        student: States,
+        head: Head,
+        own: Mapping[str, Tensor | None],
+        batches: Sequence[Mapping[str, Tensor]],
     ) -> tuple[SpanLosses, Tensor | None]:
         """Sums over all teachers by their weights, and the mean agreement."""
         sums: list[SpanLosses] = []
@@ -215,7 +224,7 @@ class SpanDistiller(nn.Module):
             with torch.no_grad():
                 states = self._teacher_states(teacher, batch).rows(device)
                 teacher_head = head_of(teacher).to_device(device)
-            count = len(self.objective.layers)
+            count = len(self.projectors) // len(self.teachers)
             # By name: so DeepSpeed notices that this forward needs them, and gathers them.
             weights = [cast(Tensor, layer.weight) for layer in self.projectors]
             projectors = weights[index * count : (index + 1) * count]
@@ -223,26 +232,37 @@ class SpanDistiller(nn.Module):
             shared = None
             if vocabulary is not None:
                 shared = vocabulary.student_ids.to(device), vocabulary.teacher_ids.to(device)
-            terms = span_losses(
-                self.objective,
-                student_hidden=student.hidden[-1],
-                teacher_hidden=states.hidden[-1],
-                student_mass=student.mass[-1],
-                teacher_mass=states.mass[-1],
-                student_spans=batch["student_spans"],
-                teacher_spans=batch["teacher_spans"],
-                offsets=batch["span_offsets"],
-                student_head=head,
-                teacher_head=teacher_head,
-                vocabulary=shared,
-                pairs=[
-                    LayerPair(
-                        student.hidden[i], states.hidden[i], student.mass[i], states.mass[i],
-                        projector, self.objective.layers[i][2],
-                    )
-                    for i, projector in enumerate(projectors)
-                ],
-            )  # fmt: skip
+            if isinstance(self.objective, Baseline):
+                terms = self.objective.losses(
+                    side_of(self.student, student.hidden[-1], head, own, batch["student_spans"]),
+                    side_of(
+                        teacher, states.hidden[-1], teacher_head, batch, batch["teacher_spans"]
+                    ),
+                    batch["span_offsets"],
+                    vocabulary,
+                    projectors,
+                )
+            else:
+                terms = span_losses(
+                    self.objective,
+                    student_hidden=student.hidden[-1],
+                    teacher_hidden=states.hidden[-1],
+                    student_mass=student.mass[-1],
+                    teacher_mass=states.mass[-1],
+                    student_spans=batch["student_spans"],
+                    teacher_spans=batch["teacher_spans"],
+                    offsets=batch["span_offsets"],
+                    student_head=head,
+                    teacher_head=teacher_head,
+                    vocabulary=shared,
+                    pairs=[
+                        LayerPair(
+                            student.hidden[i], states.hidden[i], student.mass[i], states.mass[i],
+                            projector, self.objective.layers[i][2],
+                        )
+                        for i, projector in enumerate(projectors)
+                    ],
+                )  # fmt: skip
             sums.append(terms.scaled(self.teacher_weights[index]))
             if self.agreement_spans and len(batch["student_spans"]):
                 rows = _sample(len(batch["student_spans"]), self.agreement_spans, device)

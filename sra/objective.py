@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sra.model import Head
+from sra.vocabulary import SharedVocabulary
 from sra_kernels import linear_span_kl, span_com, span_geometry
 
 
@@ -49,6 +50,8 @@ class Objective:
     outside: Literal["renormalise", "weight", "bucket"] = "renormalise"
     normaliser: Literal["sequences", "spans"] = "sequences"
     layers: tuple[tuple[int, int, float], ...] = ((-1, -1, 1.0),)
+
+    vocabulary: ClassVar[Any] = SharedVocabulary
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -256,11 +259,12 @@ def span_losses(
 
 
 def combine(
-    objective: Objective, ce: Tensor, terms: SpanLosses | None, counts: Tensor
+    objective: Any, ce: Tensor, terms: SpanLosses | None, counts: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and each term as it enters it.
 
     Args:
+        objective: an `Objective` or a `Baseline`.
         ce: sum of the tokens' negative log-likelihoods.
         counts: ``[3]``, label tokens, sequences and spans of the WHOLE optimiser step (with several
             teachers: of all of them together), so that the gradient does not depend on how the step
@@ -271,7 +275,8 @@ def combine(
     if terms is None:
         return objective.alpha * ce, {"ce": ce}
     cosine, geometry = terms.cosine / sequences, terms.geometry / sequences
-    logit = terms.logit / (sequences if objective.normaliser == "sequences" else spans)
+    by = {"tokens": tokens, "sequences": sequences, "spans": spans}
+    logit = terms.logit / by[objective.normaliser]
     span = objective.cosine * cosine + objective.gamma * geometry + objective.logit * logit
     loss = objective.alpha * ce + (1 - objective.alpha) * span
     return loss, {"ce": ce, "cosine": cosine, "geometry": geometry, "logit": logit}

@@ -24,7 +24,6 @@ from sra.model import call_inside, causal_lm, head_rows, place_teacher
 from sra.progress import LiveTerms, Speed, peak_gib, reset_peak
 from sra.run_record import last_checkpoint
 from sra.teacher_cache import check_caches
-from sra.vocabulary import SharedVocabulary
 
 PROJECTOR_FILE = "projector.safetensors"
 # Means over a batch; the other terms are sums over it, divided by the counts of the step.
@@ -103,7 +102,7 @@ class SRATrainer(Trainer):
         for number, row in enumerate(eval_dataset or ()):
             check_row(row, f"Row {number} of eval_dataset")
         teachers = _listed(teacher_model) if objective.needs_teacher else [None]
-        vocabularies: list[SharedVocabulary | None] = [None] * len(teachers)
+        vocabularies: list[Any] = [None] * len(teachers)
         if teacher_model is not None and objective.needs_teacher:
             if len(teachers) != len(tokenizers):
                 raise ValueError(
@@ -111,7 +110,7 @@ class SRATrainer(Trainer):
                     "teachers. Pass teacher_processing_class=[...], one for each, in their order."
                 )
             vocabularies = [
-                SharedVocabulary(
+                objective.vocabulary(
                     processing_class,
                     tokenizer,
                     match=args.vocabulary_match,

@@ -1,0 +1,179 @@
+"""What every method that SRA is compared with has in common: what it sees, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sra.batch import sequence_rows
+from sra.model import Head, causal_lm
+from sra.objective import SpanLosses
+from sra.vocabulary import SharedVocabulary
+
+
+class Side(NamedTuple):
+    """One model's part of a batch, the rows of all sequences one behind the other.
+
+    hidden: ``[N, D]`` post-final-norm states; row i predicts the token of row i + 1.
+    ids: ``[N]`` tokens.
+    first: ``[N]`` bool, the tokens that begin a sequence, which nothing predicts, and padding.
+    spans: ``[S, 2]`` half-open row ranges, in order.
+    head: the output layer.
+    model: where `embedding_of` finds what its input tokens become.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    first: Tensor
+    spans: Tensor
+    head: Head
+    model: Any
+
+
+class Pair(NamedTuple):
+    """A batch as student and teacher see it.
+
+    offsets: ``[B + 1]``, the spans of each sequence.
+    vocabulary: what `Baseline.vocabulary` made of the two tokenizers; None if they are one.
+    """
+
+    student: Side
+    teacher: Side
+    offsets: Tensor
+    vocabulary: Any | None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """loss = alpha * CE + (1 - alpha) * L, with one L for each method.
+
+    It stands where an `sra.Objective` does: `SpanDistiller(student, teacher, baseline("uld"))`.
+    Frozen, hashable and without state; its parameters, if it has any, are the distiller's.
+    """
+
+    alpha: float = 0.5
+
+    name: ClassVar[str] = ""
+    # What the sum over the step is divided by.
+    normaliser: ClassVar[Literal["tokens", "sequences", "spans"]] = "tokens"
+    # Of an `Objective`: only `logit` is here, and it is this method's whole loss.
+    cosine: ClassVar[float] = 0.0
+    gamma: ClassVar[float] = 0.0
+    likelihood: ClassVar[float] = 0.0
+    logit: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha = {self.alpha}: it is the share of cross-entropy, 0 to 1.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.alpha < 1
+
+    def side(self, index: Literal[0, 1]) -> list[int]:
+        """Layers to read: the last."""
+        return [-1]
+
+    # What the method needs to know of the two vocabularies; called as `SharedVocabulary` is.
+    vocabulary: ClassVar[Any] = SharedVocabulary
+
+    def projections(self, student: Any, teacher: Any) -> list[nn.Linear]:
+        """Maps between the models' spaces that the method trains, for one teacher."""
+        return []
+
+    def losses(
+        self,
+        student: Side,
+        teacher: Side,
+        offsets: Tensor,
+        vocabulary: Any | None,
+        projections: Sequence[Tensor],
+    ) -> SpanLosses:
+        """`loss`, in the place of the logit term; 0 where no sequence has a span."""
+        zero = student.hidden.new_zeros((), dtype=torch.float32)
+        if len(student.spans):
+            loss = self.loss(Pair(student, teacher, offsets, vocabulary), projections)
+        else:  # of every parameter, which ranks wait for
+            loss = torch.stack([zero, *(p.sum().float() for p in projections)]).sum() * 0
+        return SpanLosses(zero, zero, loss, None)
+
+    def loss(self, pair: Pair, projections: Sequence[Tensor]) -> Tensor:
+        """The sum over the batch, with gradient to the student and the projections.
+
+        Args:
+            projections: the weights of `projections`, in their order.
+        """
+        raise NotImplementedError
+
+
+def side_of(
+    model: Any, hidden: Tensor, head: Head, batch: Mapping[str, Tensor | None], spans: Tensor
+) -> Side:
+    """A side of a batch, padded or not, whose states are ``[N, D]``."""
+    ids = cast(Tensor, batch["input_ids"])
+    layout = ids, batch.get("attention_mask"), batch.get("position_ids")
+    first = torch.ones(ids.numel(), dtype=torch.bool)
+    for rows in sequence_rows(*layout):
+        first[rows[1:]] = False
+    return Side(hidden, ids.flatten(), first.to(ids.device), spans, head, model)
+
+
+def embedding_of(side: Side) -> Tensor:
+    """``[V, E]``, what the side's input tokens become.
+
+    Raises:
+        TypeError: the teacher is on disk, which keeps no embeddings.
+    """
+    if not isinstance(side.model, nn.Module):
+        raise TypeError(
+            "This method reads the teacher's input embeddings, which a cache does not hold. Pass "
+            "the model itself."
+        )
+    return causal_lm(side.model).get_input_embeddings().weight
+
+
+class Answers(NamedTuple):
+    """The tokens inside spans that something predicts, sequence by sequence.
+
+    rows: ``[A]``; the states that predict them are those of ``rows - 1``.
+    sequence: ``[A]``, to which each belongs.
+    position: ``[A]``, their number in its sequence, from 0.
+    """
+
+    rows: Tensor
+    sequence: Tensor
+    position: Tensor
+
+
+def answers(side: Side, offsets: Tensor) -> Answers:
+    """What a side says in each sequence. The end of a turn is in no span, and so not among them."""
+    starts, ends = side.spans.unbind(1)
+    lengths = ends - starts
+    device = side.spans.device
+    owner = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=device), offsets.diff().to(device)
+    )
+    span = torch.repeat_interleave(torch.arange(len(starts), device=device), lengths)
+    inside = torch.arange(len(span), device=device) - (lengths.cumsum(0) - lengths)[span]
+    rows = starts[span] + inside
+    keep = ~side.first[rows]
+    rows, sequence = rows[keep], owner[span][keep]
+    counts = torch.bincount(sequence, minlength=len(offsets) - 1)
+    position = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[sequence]
+    return Answers(rows, sequence, position)
+
+
+def lined_up(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Rows of both sides whose tokens have the same number in the answer of one sequence."""
+    ours, theirs = (answers(side, pair.offsets) for side in (pair.student, pair.teacher))
+    sequences = len(pair.offsets) - 1
+    counts = [torch.bincount(a.sequence, minlength=sequences) for a in (ours, theirs)]
+    shared = torch.minimum(*counts)
+    return (
+        ours.rows[ours.position < shared[ours.sequence]],
+        theirs.rows[theirs.position < shared[theirs.sequence]],
+    )
