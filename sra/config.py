@@ -20,6 +20,8 @@ OBJECTIVE_FIELDS = (
     "logit_state",
     "outside",
     "normaliser",
+    "likelihood",
+    "likelihood_temperature",
 )
 
 
@@ -49,6 +51,10 @@ class SRAConfig(TrainingArguments):
         default=None, metadata={"help": '"renormalise", "weight" or "bucket".'}
     )
     normaliser: str | None = field(default=None, metadata={"help": '"sequences" or "spans".'})
+    likelihood: float | None = field(
+        default=None, metadata={"help": "Weight of the likelihood of the spans' texts."}
+    )
+    likelihood_temperature: float | None = field(default=None, metadata={"help": "Of that term."})
     layers: list[str] | None = field(
         default=None,
         metadata={

@@ -43,6 +43,7 @@ class DistillerOutput(ModelOutput):
     cosine: Tensor | None = None
     geometry: Tensor | None = None
     logit: Tensor | None = None
+    likelihood: Tensor | None = None
     shared_mass: Tensor | None = None
     coverage: Tensor | None = None
     agreement: Tensor | None = None
@@ -232,19 +233,23 @@ class SpanDistiller(nn.Module):
             shared = None
             if vocabulary is not None:
                 shared = vocabulary.student_ids.to(device), vocabulary.teacher_ids.to(device)
-            if isinstance(self.objective, Baseline):
-                terms = self.objective.losses(
-                    side_of(self.student, student.hidden[-1], head, own, batch["student_spans"]),
-                    side_of(
-                        teacher, states.hidden[-1], teacher_head, batch, batch["teacher_spans"]
-                    ),
+            mine = student.hidden[-1], head, own, batch["student_spans"]
+            others = states.hidden[-1], teacher_head, batch, batch["teacher_spans"]
+            objective = self.objective
+            if isinstance(objective, Baseline):
+                terms = objective.losses(
+                    side_of(self.student, *mine),
+                    side_of(teacher, *others),
                     batch["span_offsets"],
                     vocabulary,
                     projectors,
                 )
             else:
+                sides = None
+                if objective.likelihood:
+                    sides = side_of(self.student, *mine), side_of(teacher, *others)
                 terms = span_losses(
-                    self.objective,
+                    objective,
                     student_hidden=student.hidden[-1],
                     teacher_hidden=states.hidden[-1],
                     student_mass=student.mass[-1],
@@ -258,10 +263,11 @@ class SpanDistiller(nn.Module):
                     pairs=[
                         LayerPair(
                             student.hidden[i], states.hidden[i], student.mass[i], states.mass[i],
-                            projector, self.objective.layers[i][2],
+                            projector, objective.layers[i][2],
                         )
                         for i, projector in enumerate(projectors)
                     ],
+                    sides=sides,
                 )  # fmt: skip
             sums.append(terms.scaled(self.teacher_weights[index]))
             if self.agreement_spans and len(batch["student_spans"]):

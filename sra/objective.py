@@ -15,14 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sra.likelihood import span_likelihood
 from sra.model import Head
+from sra.side import Side
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import linear_span_kl, span_com, span_geometry
 
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = alpha * CE + (1 - alpha) * (cosine * L_cos + gamma * L_geo + logit * L_logit).
+    """loss = alpha * CE
+        + (1 - alpha) * (cosine * L_cos + gamma * L_geo + logit * L_logit + likelihood * L_like).
 
     The defaults are the paper's. Three switches say how the logit term is formed:
 
@@ -32,6 +35,9 @@ class Objective:
         each span's KL by the teacher's probability of the shared vocabulary; "bucket" makes
         everything outside one more class.
     normaliser: L_logit is a sum over spans divided by the number of "sequences" (paper) or "spans".
+
+    likelihood, likelihood_temperature: weight and temperature of `sra.likelihood`, a mean over
+        spans, which needs no shared vocabulary; not in the paper, whose weight is 0.
 
     layers: pairs (student's, teacher's, weight) of the cosine term, which is a mean over them by
         weight; each layer's spans are weighed by that layer's attention. Negative ones count from
@@ -49,6 +55,8 @@ class Objective:
     logit_state: Literal["com", "end"] = "com"
     outside: Literal["renormalise", "weight", "bucket"] = "renormalise"
     normaliser: Literal["sequences", "spans"] = "sequences"
+    likelihood: float = 0.0
+    likelihood_temperature: float = 100.0
     layers: tuple[tuple[int, int, float], ...] = ((-1, -1, 1.0),)
 
     vocabulary: ClassVar[Any] = SharedVocabulary
@@ -58,7 +66,11 @@ class Objective:
             raise ValueError(f"alpha = {self.alpha}: it is the share of cross-entropy, 0 to 1.")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: it must be positive.")
-        for name in ("gamma", "cosine", "logit", "power"):
+        if not self.likelihood_temperature > 0:
+            raise ValueError(
+                f"likelihood_temperature = {self.likelihood_temperature}: it must be positive."
+            )
+        for name in ("gamma", "cosine", "logit", "power", "likelihood"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must not be negative.")
         for name, values in (
@@ -88,7 +100,8 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.alpha < 1 and (self.cosine > 0 or self.gamma > 0 or self.logit > 0)
+        weights = self.cosine, self.gamma, self.logit, self.likelihood
+        return self.alpha < 1 and any(weight > 0 for weight in weights)
 
     def side(self, index: Literal[0, 1]) -> list[int]:
         """Layers to read from the student (0) or a teacher (1): the pairs', and the last."""
@@ -143,12 +156,14 @@ class SpanLosses(NamedTuple):
     geometry: Tensor
     logit: Tensor
     shared_mass: Tensor | None
+    likelihood: Tensor
 
     def scaled(self, weight: float) -> SpanLosses:
         """Every loss times `weight`; the share of the vocabulary is no loss."""
         return self._replace(
-            cosine=weight * self.cosine, geometry=weight * self.geometry, logit=weight * self.logit
-        )
+            cosine=weight * self.cosine, geometry=weight * self.geometry,
+            logit=weight * self.logit, likelihood=weight * self.likelihood,
+        )  # fmt: skip
 
     def plus(self, other: SpanLosses) -> SpanLosses:
         shared = None
@@ -159,6 +174,7 @@ class SpanLosses(NamedTuple):
             self.geometry + other.geometry,
             self.logit + other.logit,
             shared,
+            self.likelihood + other.likelihood,
         )
 
 
@@ -189,8 +205,9 @@ def span_losses(
     teacher_head: Head,
     vocabulary: tuple[Tensor, Tensor] | None,
     pairs: Sequence[LayerPair],
+    sides: tuple[Side, Side] | None = None,
 ) -> SpanLosses:
-    """The three span terms of SRA as sums over the batch.
+    """The span terms as sums over the batch.
 
     Args:
         student_hidden, teacher_hidden: ``[N, Ds]``, ``[M, Dt]`` post-final-norm states, rows of all
@@ -200,6 +217,7 @@ def span_losses(
         offsets: ``[B + 1]``, the spans of each sequence.
         vocabulary: ids ``([K], [K])`` of the shared entries, or None for one vocabulary.
         pairs: the layers of the cosine term.
+        sides: student and teacher with their tokens, which the likelihood term needs.
     """
     student_com, _ = span_com(student_hidden, student_spans, student_mass)
     teacher_com, span_mass = span_com(teacher_hidden, teacher_spans, teacher_mass)
@@ -255,7 +273,11 @@ def span_losses(
         else:
             logit, mass = linear_span_kl(*heads, **options, return_shared_mass=True)
             shared = mass.sum()
-    return SpanLosses(cosine, geometry, logit, shared)
+    likelihood = zero
+    if objective.likelihood:
+        assert sides is not None
+        likelihood = span_likelihood(*sides, objective.likelihood_temperature)
+    return SpanLosses(cosine, geometry, logit, shared, likelihood)
 
 
 def combine(
@@ -278,5 +300,9 @@ def combine(
     by = {"tokens": tokens, "sequences": sequences, "spans": spans}
     logit = terms.logit / by[objective.normaliser]
     span = objective.cosine * cosine + objective.gamma * geometry + objective.logit * logit
-    loss = objective.alpha * ce + (1 - objective.alpha) * span
-    return loss, {"ce": ce, "cosine": cosine, "geometry": geometry, "logit": logit}
+    parts = {"ce": ce, "cosine": cosine, "geometry": geometry, "logit": logit}
+    if objective.likelihood:
+        likelihood = terms.likelihood / spans
+        span = span + objective.likelihood * likelihood
+        parts["likelihood"] = likelihood
+    return objective.alpha * ce + (1 - objective.alpha) * span, parts

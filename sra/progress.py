@@ -11,8 +11,8 @@ import torch
 from transformers import ProgressCallback
 
 SHOWN = (
-    "loss", "ce", "cosine", "geometry", "logit", "bits_per_byte", "agreement", "coverage",
-    "eval_bits_per_byte", "tokens_per_second", "peak_gib",
+    "loss", "ce", "cosine", "geometry", "logit", "likelihood", "bits_per_byte", "agreement",
+    "coverage", "eval_bits_per_byte", "tokens_per_second", "peak_gib",
 )  # fmt: skip
 SHORT = {
     "bits_per_byte": "bpb", "eval_bits_per_byte": "held-out", "tokens_per_second": "tok/s",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 RECORD_FILE = "run.json"
 PACKAGES = ("sra", "torch", "transformers", "tokenizers", "accelerate", "triton")
-LOGGED = ("loss", "grad_norm", "ce", "cosine", "geometry", "logit")
+LOGGED = ("loss", "grad_norm", "ce", "cosine", "geometry", "logit", "likelihood")
 MEND_NAN = (
     "The last checkpoint is untouched. Lower learning_rate, set max_grad_norm, or train in float32 "
     "or bfloat16 instead of float16, in another output_dir."
@@ -28,7 +28,7 @@ MEND_NAN = (
 TRAINER_STATE = "trainer_state.json"
 # Another value of one of these, and the resumed run is no longer the run that was begun.
 DECISIVE = (
-    "recipe", "alpha", "gamma", "power", "temperature", "cosine", "logit", "logit_state",
+    "method", "recipe", "alpha", "gamma", "power", "temperature", "cosine", "logit", "logit_state",
     "outside", "normaliser", "layers", "vocabulary_match", "granularity", "max_length",
     "teacher_max_length", "train_turns", "teacher_weights", "projector_learning_rate",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",

@@ -28,7 +28,7 @@ from sra.teacher_cache import check_caches
 PROJECTOR_FILE = "projector.safetensors"
 # Means over a batch; the other terms are sums over it, divided by the counts of the step.
 SHARES = ("shared_mass", "coverage", "agreement", "bits_per_byte")
-TERMS = ("ce", "cosine", "geometry", "logit", *SHARES)
+TERMS = ("ce", "cosine", "geometry", "logit", "likelihood", *SHARES)
 PATIENCE = 50  # batches without enough spans, or steps without a label, before a run is stopped
 CHECKED_ROWS = 10_000  # of a larger data set, so many are aligned before the run
 

@@ -6,10 +6,11 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
+from sra.baselines.alm import ALM
 from sra.baselines.baseline import Baseline
 from sra.baselines.uld import ULD
 
-METHODS: dict[str, type[Baseline]] = {method.name: method for method in (ULD,)}
+METHODS: dict[str, type[Baseline]] = {method.name: method for method in (ULD, ALM)}
 
 __all__ = ["METHODS", "Baseline", "baseline"]
 

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sra.batch import sequence_rows
-from sra.model import Head, causal_lm
 from sra.objective import SpanLosses
+from sra.side import Side, embedding_of, side_of
 from sra.vocabulary import SharedVocabulary
-
-
-class Side(NamedTuple):
-    """One model's part of a batch, the rows of all sequences one behind the other.
-
-    hidden: ``[N, D]`` post-final-norm states; row i predicts the token of row i + 1.
-    ids: ``[N]`` tokens.
-    first: ``[N]`` bool, the tokens that begin a sequence, which nothing predicts, and padding.
-    spans: ``[S, 2]`` half-open row ranges, in order.
-    head: the output layer.
-    model: where `embedding_of` finds what its input tokens become.
-    """
-
-    hidden: Tensor
-    ids: Tensor
-    first: Tensor
-    spans: Tensor
-    head: Head
-    model: Any
 
 
 class Pair(NamedTuple):
@@ -45,6 +25,9 @@ class Pair(NamedTuple):
     teacher: Side
     offsets: Tensor
     vocabulary: Any | None
+
+
+__all__ = ["Answers", "Baseline", "Pair", "Side", "answers", "embedding_of", "lined_up", "side_of"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +82,7 @@ class Baseline:
             loss = self.loss(Pair(student, teacher, offsets, vocabulary), projections)
         else:  # of every parameter, which ranks wait for
             loss = torch.stack([zero, *(p.sum().float() for p in projections)]).sum() * 0
-        return SpanLosses(zero, zero, loss, None)
+        return SpanLosses(zero, zero, loss, None, zero)
 
     def loss(self, pair: Pair, projections: Sequence[Tensor]) -> Tensor:
         """The sum over the batch, with gradient to the student and the projections.
@@ -108,32 +91,6 @@ class Baseline:
             projections: the weights of `projections`, in their order.
         """
         raise NotImplementedError
-
-
-def side_of(
-    model: Any, hidden: Tensor, head: Head, batch: Mapping[str, Tensor | None], spans: Tensor
-) -> Side:
-    """A side of a batch, padded or not, whose states are ``[N, D]``."""
-    ids = cast(Tensor, batch["input_ids"])
-    layout = ids, batch.get("attention_mask"), batch.get("position_ids")
-    first = torch.ones(ids.numel(), dtype=torch.bool)
-    for rows in sequence_rows(*layout):
-        first[rows[1:]] = False
-    return Side(hidden, ids.flatten(), first.to(ids.device), spans, head, model)
-
-
-def embedding_of(side: Side) -> Tensor:
-    """``[V, E]``, what the side's input tokens become.
-
-    Raises:
-        TypeError: the teacher is on disk, which keeps no embeddings.
-    """
-    if not isinstance(side.model, nn.Module):
-        raise TypeError(
-            "This method reads the teacher's input embeddings, which a cache does not hold. Pass "
-            "the model itself."
-        )
-    return causal_lm(side.model).get_input_embeddings().weight
 
 
 class Answers(NamedTuple):

@@ -21,6 +21,7 @@ CURVES = {  # what the trainer logs: title, note
     "cosine": ("Cosine", "direction of the spans' states"),
     "geometry": ("Geometry", "similarities between spans"),
     "logit": ("Logits", "divergence at the spans"),
+    "likelihood": ("Likelihood", "divergence of the probabilities of the spans' texts"),
     "eval_bits_per_byte": ("Held-out bits per byte", "lower is better"),
     "bits_per_byte": ("Training bits per byte", "of the batches"),
     "eval_agreement": ("Held-out agreement", "share of spans with the same top token"),

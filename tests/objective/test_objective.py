@@ -24,6 +24,8 @@ REAL_ROWS = [
     {"prompt": "Grüß mich!", "completion": "Grüße, naïve 🐸🎉!"},
 ]
 
+OTHERS = ("layers", "likelihood", "likelihood_temperature")  # have tests of their own
+
 
 Samples: TypeAlias = list[tuple[plain.Side, plain.Side]]
 
@@ -57,7 +59,7 @@ class Pair(NamedTuple):
             teacher_head=heads[1],
             projector=next(distiller.projectors.parameters(), None),
             vocabulary=plain.shared_ids(*self.tokenizers, *(len(head.weight) for head in heads)),
-            **{k: v for k, v in asdict(distiller.objective).items() if k != "layers"},
+            **{k: v for k, v in asdict(distiller.objective).items() if k not in OTHERS},
         )
 
 

@@ -1,0 +1,57 @@
+"""One model's part of a batch, with the tokens that it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sra.batch import sequence_rows
+from sra.model import Head, causal_lm
+
+
+class Side(NamedTuple):
+    """One model's part of a batch, the rows of all sequences one behind the other.
+
+    hidden: ``[N, D]`` post-final-norm states; row i predicts the token of row i + 1.
+    ids: ``[N]`` tokens.
+    first: ``[N]`` bool, the tokens that begin a sequence, which nothing predicts, and padding.
+    spans: ``[S, 2]`` half-open row ranges, in order.
+    head: the output layer.
+    model: where `embedding_of` finds what its input tokens become.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    first: Tensor
+    spans: Tensor
+    head: Head
+    model: Any
+
+
+def side_of(
+    model: Any, hidden: Tensor, head: Head, batch: Mapping[str, Tensor | None], spans: Tensor
+) -> Side:
+    """A side of a batch, padded or not, whose states are ``[N, D]``."""
+    ids = cast(Tensor, batch["input_ids"])
+    layout = ids, batch.get("attention_mask"), batch.get("position_ids")
+    first = torch.ones(ids.numel(), dtype=torch.bool)
+    for rows in sequence_rows(*layout):
+        first[rows[1:]] = False
+    return Side(hidden, ids.flatten(), first.to(ids.device), spans, head, model)
+
+
+def embedding_of(side: Side) -> Tensor:
+    """``[V, E]``, what the side's input tokens become.
+
+    Raises:
+        TypeError: the teacher is on disk, which keeps no embeddings.
+    """
+    if not isinstance(side.model, nn.Module):
+        raise TypeError(
+            "This method reads the teacher's input embeddings, which a cache does not hold. Pass "
+            "the model itself."
+        )
+    return causal_lm(side.model).get_input_embeddings().weight
