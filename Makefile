@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 
-.PHONY: demo test suite aot interpreted emulated check bench gpu wheel rivals clean
+.PHONY: demo test suite aot interpreted emulated check bench evidence evidence-small gpu wheel rivals clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
@@ -41,6 +41,12 @@ check: $(VENV)/ready ## lint and types
 
 bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/ and README.md (about 10 min)
 	$(BIN)/sra bench
+
+evidence: $(VENV)/ready ## every method on every pair, into docs/evidence.md (about a day; `MINUTES=110` for a part)
+	$(BIN)/python -m benchmarks.quality --ablations --minutes $(or $(MINUTES),inf)
+
+evidence-small: $(VENV)/ready ## one pair, the main methods, one seed (under 20 min)
+	$(BIN)/python -m benchmarks.quality --small
 
 gpu: $(VENV)/ready ## on a machine with a GPU: its tests, sanitizer, benchmarks (under 9 min; run again to go on)
 	$(BIN)/python -m benchmarks.gpu

@@ -85,6 +85,9 @@ HOW: list[tuple[Direction, str]] = [
     ("reverse", "frozen"),
     ("jsd", "trained"),
 ]
+# Where a CPU multiplies in bfloat16, our logits are rounded to it, as a GPU's are: 0.095 was seen,
+# and 0.095 of torch's own products in bfloat16. With float32 products it is a tenth of that.
+BFLOAT16 = 0.15 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 6e-2
 SMALL = [
     *(_case("small", "large", 9, "small", dtype, *how) for dtype in DTYPES for how in HOW),
     _case("large", "large", 9, "small"),
@@ -314,7 +317,7 @@ BENCHMARK = Benchmark(
     gpu_providers={"ours (CUDA)": on_backend("cuda", ours)},
     inputs=inputs,
     exact=exact,
-    tolerance=lambda case: {"float32": 1e-3, "bfloat16": 6e-2}[case.dtype],
+    tolerance=lambda case: {"float32": 1e-3, "bfloat16": BFLOAT16}[case.dtype],
     providers={
         "ours": ours,
         "eager": eager,

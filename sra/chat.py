@@ -87,7 +87,7 @@ def render_prompt(tokenizer: Any, prompt: str, *, chat_template: bool = True) ->
         ValueError: the chat template refuses the prompt.
     """
     if chat_template and tokenizer.chat_template:
-        return _written(tokenizer, [{"role": "user", "content": prompt}], generation=True)
+        return written(tokenizer, [{"role": "user", "content": prompt}], generation=True)
     return f"{_start(tokenizer)}{prompt}\n"
 
 
@@ -123,7 +123,7 @@ def render(
     if train_turns not in TRAIN_TURNS:
         raise ValueError(f"train_turns must be one of {TRAIN_TURNS}, got {train_turns!r}.")
     if row.get("messages") is not None:
-        messages = [_cleaned(message) for message in row["messages"]]
+        messages = [cleaned(message) for message in row["messages"]]
         chosen = _trained(messages, train_turns)
         tools = row.get("tools") or None
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -148,7 +148,7 @@ def _start(tokenizer: Any) -> str:
     return start if start and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
 
-def _cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
+def cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
     """Without keys that hold nothing, which tables of many rows are full of and templates trip
     over."""
     kept = {name: x for name, x in message.items() if x is not None and x != []}
@@ -164,7 +164,7 @@ def _trained(messages: Sequence[Mapping[str, Any]], train_turns: TrainTurns) -> 
     return turns[-1:] if train_turns == "last" else turns
 
 
-def _written(
+def written(
     tokenizer: Any, messages: Sequence[Any], tools: Any = None, *, generation: bool = False
 ) -> str:
     try:
@@ -224,7 +224,7 @@ class _Templated:
 
     def __init__(self, tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> None:
         self.messages = messages
-        self.write = functools.partial(_written, tokenizer, tools=tools)
+        self.write = functools.partial(written, tokenizer, tools=tools)
         self.text = self.write(messages)
         self.ends = _turn_ends(tokenizer, len(tokenizer))
         self.mark = _MARK

@@ -106,11 +106,11 @@ class SpanDistiller(nn.Module):
             self.teachers = ()
             return
         self._check_teachers()
-        for one in self.teachers:
+        for one, shared in zip(self.teachers, self.vocabularies, strict=True):
             if isinstance(one, nn.Module):
                 one.eval().requires_grad_(False)
             if isinstance(objective, Baseline):
-                self.projectors.extend(objective.projections(student, one))
+                self.projectors.extend(objective.projections(student, one, shared))
             elif objective.cosine:
                 self.projectors.extend(self._projector(one, *pair[:2]) for pair in objective.layers)
 

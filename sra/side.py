@@ -49,9 +49,10 @@ def embedding_of(side: Side) -> Tensor:
     Raises:
         TypeError: the teacher is on disk, which keeps no embeddings.
     """
-    if not isinstance(side.model, nn.Module):
+    model = causal_lm(side.model) if isinstance(side.model, nn.Module) else side.model
+    if not hasattr(model, "get_input_embeddings"):
         raise TypeError(
-            "This method reads the teacher's input embeddings, which a cache does not hold. Pass "
-            "the model itself."
+            "This method reads the teacher's input embeddings, which a cache on disk does not "
+            "hold. Pass the model itself, or TeacherCache(model)."
         )
-    return causal_lm(side.model).get_input_embeddings().weight
+    return model.get_input_embeddings().weight

@@ -8,9 +8,21 @@ from typing import Any
 
 from sra.baselines.alm import ALM
 from sra.baselines.baseline import Baseline
+from sra.baselines.dskd import DSKD
+from sra.baselines.dskdv2 import DSKDv2
+from sra.baselines.gold import GOLDBayesian, GOLDObserved
+from sra.baselines.mined import MinED
+from sra.baselines.multilevel_ot import MultiLevelOT
+from sra.baselines.sft import SFT
+from sra.baselines.simple_ctkd import SimpleCTKD
 from sra.baselines.uld import ULD
 
-METHODS: dict[str, type[Baseline]] = {method.name: method for method in (ULD, ALM)}
+METHODS: dict[str, type[Baseline]] = {
+    method.name: method
+    for method in (
+        SFT, ULD, MinED, DSKD, DSKDv2, MultiLevelOT, SimpleCTKD, GOLDObserved, GOLDBayesian, ALM,
+    )
+}  # fmt: skip
 
 __all__ = ["METHODS", "Baseline", "baseline"]
 

@@ -64,8 +64,10 @@ class Baseline:
     # What the method needs to know of the two vocabularies; called as `SharedVocabulary` is.
     vocabulary: ClassVar[Any] = SharedVocabulary
 
-    def projections(self, student: Any, teacher: Any) -> list[nn.Linear]:
-        """Maps between the models' spaces that the method trains, for one teacher."""
+    def projections(
+        self, student: Any, teacher: Any, vocabulary: Any | None = None
+    ) -> list[nn.Linear]:
+        """Maps between the models' spaces that the method trains, for one teacher; no biases."""
         return []
 
     def losses(

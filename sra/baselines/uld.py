@@ -37,17 +37,17 @@ class ULD(Baseline):
             pair.teacher.hidden[others - 1].split(ROWS),
         )
         for own, other in zip(*states, strict=True):
-            with torch.no_grad():
-                target = self._sorted(pair.teacher.head.logits(other))
-
-            def distance(own: Tensor, target: Tensor = target) -> Tensor:
-                ranks = self._sorted(pair.student.head.logits(own))
-                width = max(ranks.shape[-1], target.shape[-1])
-                both = (F.pad(x, (0, width - x.shape[-1])) for x in (ranks, target))
-                return (next(both) - next(both)).abs().sum()
-
-            total = total + checkpoint(distance, own, use_reentrant=False)
+            total = total + checkpoint(self._distance, pair, own, other, use_reentrant=False)
         return total
+
+    def _distance(self, pair: Pair, own: Tensor, other: Tensor) -> Tensor:
+        """The teacher's is sorted again in the backward: all of them are as large as all logits."""
+        with torch.no_grad():
+            target = self._sorted(pair.teacher.head.logits(other))
+        ranks = self._sorted(pair.student.head.logits(own))
+        width = max(ranks.shape[-1], target.shape[-1])
+        ranks, target = (F.pad(x, (0, width - x.shape[-1])) for x in (ranks, target))
+        return (ranks - target).abs().sum()
 
     def _sorted(self, logits: Tensor) -> Tensor:
         return (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True).values

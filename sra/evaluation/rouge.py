@@ -102,7 +102,7 @@ def answer(
                     _prompt_ids(tokenizer, question.prompt, max_prompt_length, chat_template)
                     for question in questions[start : start + batch_size]
                 ]
-                texts += _generate(
+                texts += generate(
                     model, tokenizer, prompts, device, greedy, max_length - max_prompt_length
                 )
                 if progress:
@@ -141,7 +141,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, limit: int, chat_template: bool) ->
 
 
 @torch.no_grad()
-def _generate(
+def generate(
     model: Any,
     tokenizer: Any,
     prompts: list[list[int]],

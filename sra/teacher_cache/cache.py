@@ -101,6 +101,9 @@ class TeacherCache(_Remembered):
     def get_output_embeddings(self) -> Any:
         return self._model.get_output_embeddings()
 
+    def get_input_embeddings(self) -> Any:
+        return self._model.get_input_embeddings()
+
     def to(self, device: torch.device | str) -> TeacherCache:
         """Move the model; what is remembered stays in main memory."""
         self._model.to(device)

@@ -13,7 +13,7 @@ from real_tokenizers import BYTE_CHARS
 from tokenizers import Tokenizer
 
 CHAR_BYTES = {char: byte for byte, char in BYTE_CHARS.items()}
-SENTENCEPIECE = {"mistral-v1", "mistral-v3", "unigram-en", "unigram-ja"}
+SENTENCEPIECE = {"gemma3", "mistral-v1", "mistral-v3", "unigram-en", "unigram-ja"}
 
 
 def spell(name: str, tokenizer: Tokenizer, token: int) -> bytes:
@@ -24,7 +24,7 @@ def spell(name: str, tokenizer: Tokenizer, token: int) -> bytes:
     if name == "bert":
         return (piece[2:] if piece.startswith("##") else piece).encode()
     if name in SENTENCEPIECE:
-        if name.startswith("mistral") and re.fullmatch("<0x..>", piece):
+        if not name.startswith("unigram") and re.fullmatch("<0x..>", piece):
             return bytes.fromhex(piece[3:5])
         return piece.replace("▁", " ").encode()
     if name == "clip" and piece.endswith("</w>"):

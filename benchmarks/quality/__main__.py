@@ -1,0 +1,140 @@
+"""Every method on every setting, each at the options that suit it, into one CSV.
+
+    python -m benchmarks.quality                      everything, and again to go on (about a day)
+    python -m benchmarks.quality --minutes 110        starts no run after that
+    python -m benchmarks.quality --small              a part of it, under 20 minutes
+    python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
+
+For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
+as many tries for each; then three seeds are measured on the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers.utils import logging
+
+from benchmarks.quality import page
+from benchmarks.quality.run import Bench
+from benchmarks.quality.settings import (
+    ABLATIONS,
+    DEV_SEED,
+    MAIN,
+    MORE_RATES,
+    RATES,
+    REGIMES,
+    SEEDS,
+    SETTINGS,
+    SHARES,
+    Regime,
+    has_share,
+)
+from benchmarks.quality.table import Run, append, of, read
+from sra.allocator import keep_freed_memory
+
+HERE = Path(__file__).parents[1] / "results"
+CSV, SMALL_CSV = HERE / "quality.csv", HERE / "quality-small.csv"
+SMALL = ("cross-entropy", "uld", "alm", "gold-bayesian", "paper", "boundary")
+Case = tuple[str, Regime, str, str, float, float, int]
+
+
+def best(runs: Sequence[Run]) -> Run:
+    """The lowest bits per byte; runs that diverged last."""
+    return min(runs, key=lambda run: (math.isnan(run.bits_per_byte), run.bits_per_byte))
+
+
+def cases(
+    done: Sequence[Run], settings: Sequence[str], regimes: Sequence[Regime],
+    variants: Sequence[str], small: bool,
+) -> Iterator[Case]:  # fmt: skip
+    """What is to be run next, in order, given what has been; to be asked again after each run."""
+    for setting in settings:
+        for regime in regimes:
+            for variant in variants:
+                yield from _of_variant(done, setting, regime, variant, small)
+
+
+def _of_variant(
+    done: Sequence[Run], setting: str, regime: Regime, variant: str, small: bool
+) -> Iterator[Case]:
+    mine = of(done, setting=setting, regime=regime.name, variant=variant, steps=regime.steps)
+    seeds: Sequence[int] = SEEDS
+    if small:
+        tries, seeds = [(RATES[1], 0.5)], SEEDS[:1]
+    else:
+        tries = [(rate, 0.5) for rate in RATES]
+        tried = of(mine, split="dev", alpha=0.5)
+        if len({run.learning_rate for run in tried} & {*RATES}) == len(RATES):
+            if has_share(variant):
+                tries += [(best(tried).learning_rate, share) for share in SHARES]
+            else:
+                tries += [(rate, 0.5) for rate in MORE_RATES]
+    dev = [] if small else of(mine, split="dev")
+    missing = [
+        (rate, alpha) for rate, alpha in tries
+        if not small and not of(dev, learning_rate=rate, alpha=alpha)
+    ]  # fmt: skip
+    for rate, alpha in missing:
+        yield setting, regime, variant, "dev", rate, alpha, DEV_SEED
+    if missing or not (small or len(dev) >= len(RATES) + len(SHARES)):
+        return
+    rate, alpha = tries[0] if small else (best(dev).learning_rate, best(dev).alpha)
+    for seed in seeds:
+        if not of(mine, split="test", seed=seed, learning_rate=rate, alpha=alpha):
+            yield setting, regime, variant, "test", rate, alpha, seed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--regimes", nargs="*", choices=REGIMES, default=[*REGIMES])
+    parser.add_argument("--variants", nargs="*", choices=[*MAIN, *ABLATIONS], default=[*MAIN])
+    parser.add_argument("--ablations", action="store_true", help="the ablations too")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after that")
+    parser.add_argument("--small", action="store_true", help="one pair, few methods, one seed")
+    parser.add_argument("--page", action="store_true", help="remake docs/evidence.md, run nothing")
+    parser.add_argument("--csv", type=Path, help="where the runs are kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="for models")
+    args = parser.parse_args(argv)
+    csv = args.csv or (SMALL_CSV if args.small else CSV)
+    if args.page:
+        page.write(read(csv))
+        return
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    settings, regimes = args.settings, [REGIMES[name] for name in args.regimes]
+    variants = [*args.variants, *(ABLATIONS if args.ablations else ())]
+    if args.small:
+        settings, variants = ["prune-qwen"], [*SMALL]
+        regimes = [Regime(x.name, x.title, x.rows // 2, x.steps // 2) for x in regimes]
+    began, bench = time.perf_counter(), None
+    while case := next(cases(read(csv), settings, regimes, variants, args.small), None):
+        if time.perf_counter() - began > 60 * args.minutes:
+            print(f"{args.minutes:g} minutes are over. The same command goes on.")
+            break
+        setting, regime, variant, split, rate, alpha, seed = case
+        if bench is None or bench.setting.name != setting:
+            bench = Bench(SETTINGS[setting], args.folder)
+        run = bench.run(variant, regime, split, rate=rate, alpha=alpha, seed=seed)
+        append(csv, run)
+        print(
+            f"{(time.perf_counter() - began) / 60:5.1f} min  {setting}, {regime.name}, {variant}, "
+            f"{split}, rate {rate:g}, alpha {alpha:g}, seed {seed}: {run.bits_per_byte:.4f} bits "
+            f"per byte, {run.seconds_a_step:.2f} s a step",
+            flush=True,
+        )
+    if args.small:
+        print(page.tables(read(csv), [*settings], [x.name for x in regimes]))
+    else:
+        page.write(read(csv))
+
+
+if __name__ == "__main__":
+    main()

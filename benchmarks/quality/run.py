@@ -1,0 +1,208 @@
+"""One setting prepared, and one run of it after the other."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from benchmarks.quality.settings import (
+    BATCH,
+    DEV,
+    MAX_TOKENS,
+    OTHER,
+    TEST,
+    VARIANTS,
+    Regime,
+    Setting,
+)
+from benchmarks.quality.table import Run
+from sra import (
+    SharedVocabulary,
+    SpanAligner,
+    SpanCollator,
+    SRAConfig,
+    SRATrainer,
+    TeacherCache,
+    bits_per_byte,
+)
+from sra.baselines.sft import teacher_completions
+from sra.demo import prune_layers
+from sra.evaluation import evaluate, span_agreement
+from sra.model import head_rows
+from sra.packages import fetch_instructions, load_model, load_tokenizer
+from sra.precision import faster_dtype
+from sra.progress import peak_gib, reset_peak
+
+Row = dict[str, Any]
+ANSWERED = 16  # of the test rows, for ROUGE-L
+SPLITS = {"dev": slice(0, DEV), "test": slice(DEV, DEV + TEST)}
+
+
+class Bench:
+    """A setting with its models and rows; the teacher reads each row once for all runs."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting = setting
+        self.folder = folder / setting.name
+        self.tokenizers = load_tokenizer(setting.student), load_tokenizer(setting.teacher)
+        self.collator = SpanCollator(SpanAligner(*self.tokenizers), max_length=2 * MAX_TOKENS)
+        self.rows = self._fitting(setting.language)
+        self.other = self._fitting(setting.other)[:OTHER]
+        self.start = self.folder / "start"
+        if not (self.start / "config.json").exists():
+            model = load_model(setting.student)
+            if setting.layers:
+                prune_layers(model, setting.layers)
+            model.save_pretrained(self.start)
+            self.tokenizers[0].save_pretrained(self.start)
+        self.dtype = faster_dtype()
+        self._teacher: TeacherCache | None = None
+        self._answered: list[Row] | None = None
+
+    @property
+    def teacher(self) -> TeacherCache:
+        if self._teacher is None:
+            self._teacher = TeacherCache(load_model(self.setting.teacher).to(self.dtype))
+        return self._teacher
+
+    def train_rows(self, regime: Regime) -> list[Row]:
+        return self.rows[DEV + TEST :][: regime.rows]
+
+    def answered(self) -> list[Row]:
+        """Training rows with the teacher's own completions, for SeqKD; made once and kept."""
+        file = self.folder / "answered.jsonl"
+        if self._answered is None and not file.exists():
+            most = self.rows[DEV + TEST :]
+            teacher = load_model(self.setting.teacher).to(self.dtype)
+            made = teacher_completions(
+                teacher, self.tokenizers[1], most, max_new_tokens=MAX_TOKENS, batch_size=16
+            ).rows
+            part = file.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in made))
+            part.rename(file)
+        if self._answered is None:
+            self._answered = [json.loads(line) for line in file.read_text().splitlines()]
+        return self._answered
+
+    def before(self) -> dict[str, float]:
+        """Bits per byte on the test rows, of the start and of the teacher."""
+        rows = self.rows[SPLITS["test"]]
+        sides = ("start", str(self.start), 0), ("teacher", self.setting.teacher, 1)
+        return {
+            name: bits_per_byte(load_model(path), self.tokenizers[i], rows, max_length=1024)
+            for name, path, i in sides
+        }
+
+    def run(
+        self, variant: str, regime: Regime, split: str, *, rate: float, alpha: float, seed: int
+    ) -> Run:
+        """Train one student, and measure it."""
+        options = dict(VARIANTS[variant])
+        if options.get("recipe") != "cross-entropy":
+            options["alpha"] = alpha
+        scratch = Path(tempfile.mkdtemp(prefix="sra-quality-"))
+        config = SRAConfig(
+            output_dir=str(scratch), max_steps=regime.steps, per_device_train_batch_size=BATCH,
+            learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=regime.steps // 10,
+            max_length=2 * MAX_TOKENS, seed=seed, data_seed=seed, bf16=self.dtype == torch.bfloat16,
+            use_cpu=not torch.accelerator.is_available(), save_strategy="no", report_to="none",
+            logging_steps=regime.steps, agreement_spans=0, disable_tqdm=True, **options,
+        )  # fmt: skip
+        rows = self.train_rows(regime)
+        if variant == "seqkd":
+            rows = self.answered()[: regime.rows]
+        reset_peak()
+        needs_teacher = config.objective().needs_teacher
+        trainer = SRATrainer(
+            load_model(str(self.start)),
+            self.teacher if needs_teacher else None,
+            config,
+            train_dataset=rows,
+            processing_class=self.tokenizers[0],
+            teacher_processing_class=self.tokenizers[1] if needs_teacher else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock = _Clock()
+        trainer.add_callback(clock)
+        try:
+            trainer.train()
+            found = self._measure(trainer.distiller.student.eval(), split)
+        except RuntimeError as error:
+            if "not finite" not in str(error):
+                raise
+            found = dict.fromkeys(
+                ("bits_per_byte", "agreement", "rouge_l", "other_bits_per_byte"), math.nan
+            )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return Run(
+            setting=self.setting.name, regime=regime.name, variant=variant, split=split,
+            learning_rate=rate, alpha=alpha, seed=seed, steps=regime.steps,
+            seconds_a_step=clock.seconds / max(clock.steps, 1), peak_gib=peak_gib() or math.nan,
+            **found,
+        )  # fmt: skip
+
+    def _measure(self, student: Any, split: str) -> dict[str, float]:
+        tokenizer = self.tokenizers[0]
+        rows = self.rows[SPLITS[split]]
+        found = {
+            "bits_per_byte": bits_per_byte(student, tokenizer, rows, max_length=1024),
+            "agreement": math.nan,
+            "rouge_l": math.nan,
+            "other_bits_per_byte": math.nan,
+        }
+        if split == "test":
+            found["other_bits_per_byte"] = bits_per_byte(
+                student, tokenizer, self.other, max_length=1024
+            )
+            found["agreement"] = span_agreement(
+                student, self.teacher, rows, self.collator, self._vocabulary(student)
+            )
+            answers = evaluate(
+                student, tokenizer, rows[:ANSWERED], metrics=["rouge_l"], greedy=True,
+                batch_size=ANSWERED, max_length=2 * MAX_TOKENS,
+            )  # fmt: skip
+            found["rouge_l"] = answers["rouge_l"]["mean"]
+        return found
+
+    def _vocabulary(self, student: Any) -> SharedVocabulary | None:
+        if self.setting.student == self.setting.teacher:
+            return None
+        sizes = {"student_rows": head_rows(student), "teacher_rows": head_rows(self.teacher)}
+        return SharedVocabulary(*self.tokenizers, match="raw", **sizes)
+
+    def _fitting(self, language: str) -> list[Row]:
+        """Instructions that fit into `MAX_TOKENS` of both sides, in one order for ever."""
+        rows = fetch_instructions(language)
+        random.Random(0).shuffle(rows)
+        tables = ((row, self.collator.table(row)) for row in rows)
+        return [
+            row
+            for row, table in tables
+            if max(len(table.student_ids), len(table.teacher_ids)) <= MAX_TOKENS
+        ]
+
+
+class _Clock(TrainerCallback):
+    """Seconds of the steps after the first three, which warm up."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self._began = 0, 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 3:
+            self.steps += 1
+            self.seconds += time.perf_counter() - self._began

@@ -1,0 +1,125 @@
+"""What is compared: pairs, amounts of data, methods with their options, and the grid that is tried
+for each of them on the dev split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair of models and a language.
+
+    layers: the student is cut to so many first, evenly spaced; None: it stays whole.
+    language: of the instructions; `other`: of the text on which forgetting is measured.
+    """
+
+    name: str
+    title: str
+    student: str
+    teacher: str
+    layers: int | None
+    language: str
+    other: str
+
+
+SMOL, QWEN, GEMMA = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct", "Gemma-3-270M"
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("prune-qwen", "Pruned to 16 layers, from Qwen", SMOL, QWEN, 16, "en", "zh"),
+        Setting("prune-gemma", "Pruned to 16 layers, from Gemma", SMOL, GEMMA, 16, "en", "zh"),
+        Setting("chinese", "A new language, from Qwen", SMOL, QWEN, None, "zh", "en"),
+        Setting("same", "One tokenizer: from its unpruned self", SMOL, SMOL, 16, "en", "zh"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How many rows there are, and how many steps are made on them."""
+
+    name: str
+    title: str
+    rows: int
+    steps: int
+
+
+REGIMES = {
+    regime.name: regime
+    for regime in (
+        Regime("fresh", "one pass over fresh data", rows=320, steps=80),
+        Regime("little", "many passes over little data", rows=32, steps=80),
+    )
+}
+
+BATCH = 4
+DEV, TEST, OTHER = 24, 48, 24  # rows
+MAX_TOKENS = 160  # rows are chosen to fit, so that a step takes seconds on two cores
+SEEDS = (1, 2, 3)
+DEV_SEED = 0
+
+Options = dict[str, Any]
+
+# The methods of the main table. Names without `method` are recipes of SRA.
+MAIN: dict[str, Options] = {
+    "cross-entropy": {"recipe": "cross-entropy"},
+    "seqkd": {"recipe": "cross-entropy"},
+    "uld": {"method": "uld"},
+    "mined": {"method": "mined"},
+    "multilevel-ot": {"method": "multilevel-ot"},
+    "dskd": {"method": "dskd"},
+    "dskd-eta": {"method": "dskd-eta"},
+    "simple-ctkd": {"method": "simple-ctkd"},
+    "gold-observed": {"method": "gold-observed"},
+    "gold-bayesian": {"method": "gold-bayesian"},
+    "alm": {"method": "alm"},
+    "paper": {"recipe": "paper"},
+    "boundary": {"recipe": "boundary"},
+    "boundary + likelihood": {"recipe": "boundary", "likelihood": 1.0},
+}
+
+# Each from its recipe, by one change or the few that are named.
+ABLATIONS: dict[str, Options] = {
+    "paper: logit": {"recipe": "paper", "cosine": 0.0, "gamma": 0.0},
+    "paper: logit + cosine": {"recipe": "paper", "gamma": 0.0},
+    "paper: logit + geometry": {"recipe": "paper", "cosine": 0.0},
+    "paper: cosine + geometry": {"recipe": "paper", "logit": 0.0},
+    "paper: spans not weighed": {"recipe": "paper", "power": 0.0},
+    "paper: at span ends": {"recipe": "paper", "logit_state": "end"},
+    "paper: mass weight": {"recipe": "paper", "outside": "weight"},
+    "paper: bucket": {"recipe": "paper", "outside": "bucket"},
+    "paper: mean over spans": {"recipe": "paper", "normaliser": "spans"},
+    "paper: temperature 1": {"recipe": "paper", "temperature": 1.0},
+    "paper: gamma 1": {"recipe": "paper", "gamma": 1.0},
+    "paper: gamma 10": {"recipe": "paper", "gamma": 10.0},
+    "paper: normalised vocabulary": {"recipe": "paper", "vocabulary_match": "normalised"},
+    "paper: words": {"recipe": "paper", "granularity": "word"},
+    "paper: sentences": {"recipe": "paper", "granularity": "sentence"},
+    "boundary: no cosine": {"recipe": "boundary", "cosine": 0.0},
+    "boundary: gamma 1": {"recipe": "boundary", "gamma": 1.0},
+    "boundary: gamma 50": {"recipe": "boundary", "gamma": 50.0},
+    "boundary: bucket": {"recipe": "boundary", "outside": "bucket"},
+    "boundary: renormalise": {"recipe": "boundary", "outside": "renormalise"},
+    "boundary: temperature 2": {"recipe": "boundary", "temperature": 2.0},
+    "boundary: sum over spans": {"recipe": "boundary", "normaliser": "sequences"},
+    "boundary: centres of mass": {"recipe": "boundary", "logit_state": "com"},
+    "boundary: normalised vocabulary": {"recipe": "boundary", "vocabulary_match": "normalised"},
+    "boundary: words": {"recipe": "boundary", "granularity": "word"},
+    "likelihood alone": {
+        "recipe": "boundary", "cosine": 0.0, "logit": 0.0, "likelihood": 1.0,
+    },
+}  # fmt: skip
+
+VARIANTS = MAIN | ABLATIONS
+
+# Every method is tried as often: at three learning rates, and at the best of them with two other
+# shares of cross-entropy, or, where there is nothing else, at two more learning rates.
+RATES = (1e-4, 3e-4, 1e-3)
+SHARES = (0.2, 0.8)
+MORE_RATES = (2e-4, 5e-4)
+
+
+def has_share(variant: str) -> bool:
+    return VARIANTS[variant].get("recipe") != "cross-entropy"

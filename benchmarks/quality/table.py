@@ -1,0 +1,65 @@
+"""The CSV: one row a run, appended when the run is over, so that a stopped sweep goes on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what it was, and what its student is like. bits_per_byte is NaN if it diverged."""
+
+    setting: str
+    regime: str
+    variant: str
+    split: str  # "dev" or "test"
+    learning_rate: float
+    alpha: float
+    seed: int
+    steps: int
+    bits_per_byte: float
+    agreement: float
+    rouge_l: float
+    other_bits_per_byte: float
+    seconds_a_step: float
+    peak_gib: float
+
+    @property
+    def key(self) -> tuple[str, str, str, str, float, float, int, int]:
+        return (
+            self.setting, self.regime, self.variant, self.split, self.learning_rate, self.alpha,
+            self.seed, self.steps,
+        )  # fmt: skip
+
+
+_KINDS = {"str": str, "float": float, "int": int}
+
+
+def read(path: Path) -> list[Run]:
+    """Every run of a CSV; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            Run(**{field.name: _KINDS[str(field.type)](row[field.name]) for field in fields(Run)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def append(path: Path, run: Run) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Run)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
+                         for k, v in asdict(run).items()})  # fmt: skip
+
+
+def of(runs: Sequence[Run], **wanted: object) -> list[Run]:
+    """The runs whose fields have these values."""
+    return [run for run in runs if all(getattr(run, k) == v for k, v in wanted.items())]
