@@ -20,6 +20,7 @@ OBJECTIVE_FIELDS = (
     "logit_state",
     "outside",
     "normaliser",
+    "pooling",
     "likelihood",
     "likelihood_temperature",
 )
@@ -51,6 +52,9 @@ class SRAConfig(TrainingArguments):
         default=None, metadata={"help": '"renormalise", "weight" or "bucket".'}
     )
     normaliser: str | None = field(default=None, metadata={"help": '"sequences" or "spans".'})
+    pooling: str | None = field(
+        default=None, metadata={"help": 'Of the states of a span: "attention" or "mean".'}
+    )
     likelihood: float | None = field(
         default=None, metadata={"help": "Weight of the likelihood of the spans' texts."}
     )

@@ -21,7 +21,7 @@ from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, state_widt
 from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
 from sra.states import States, model_states, trunk_inputs
 from sra.tied import with_tied, without_tied
-from sra.vocabulary import SharedVocabulary
+from sra.vocabulary import SharedVocabulary, check_heads
 
 SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets")
 
@@ -132,7 +132,7 @@ class SpanDistiller(nn.Module):
                     "The student and the teacher are one and the same model; the teacher is "
                     "frozen. Pass copy.deepcopy(student) to learn from where it started."
                 )
-            _check_vocabulary(self.student, teacher, vocabulary)
+            check_heads(vocabulary, head_rows(self.student), head_rows(teacher))
 
     def _projector(self, teacher: Any, own: int, other: int) -> nn.Linear:
         weight = next(p for p in self.student.parameters() if p.is_floating_point())
@@ -344,25 +344,6 @@ def _warn_if_compiled_in_vain(student: Any) -> None:
 
 def _each(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _check_vocabulary(student: Any, teacher: Any, vocabulary: SharedVocabulary | None) -> None:
-    sizes = head_rows(student), head_rows(teacher)
-    if vocabulary is None:
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"The student's head has {sizes[0]} rows and the teacher's {sizes[1]}, so they "
-                "do not share one vocabulary. Pass vocabulary=SharedVocabulary("
-                "student_tokenizer, teacher_tokenizer)."
-            )
-        return
-    ids = vocabulary.student_ids, vocabulary.teacher_ids
-    for side, of_side, rows in zip(("student", "teacher"), ids, sizes, strict=True):
-        if int(of_side.max()) >= rows:
-            raise ValueError(
-                f"The shared vocabulary names id {int(of_side.max())} of the {side}, whose "
-                f"head has {rows} rows. Build it with {side}_rows={rows}."
-            )
 
 
 @torch.no_grad()

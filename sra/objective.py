@@ -39,6 +39,9 @@ class Objective:
     likelihood, likelihood_temperature: weight and temperature of `sra.likelihood`, a mean over
         spans, which needs no shared vocabulary; not in the paper, whose weight is 0.
 
+    pooling: the centre of a span is the mean of its states by "attention" (paper), or their plain
+        "mean". With power = 0 as well, nothing is weighed by attention.
+
     layers: pairs (student's, teacher's, weight) of the cosine term, which is a mean over them by
         weight; each layer's spans are weighed by that layer's attention. Negative ones count from
         the last, -1, which the other terms use always and whose states are after the final norm.
@@ -55,6 +58,7 @@ class Objective:
     logit_state: Literal["com", "end"] = "com"
     outside: Literal["renormalise", "weight", "bucket"] = "renormalise"
     normaliser: Literal["sequences", "spans"] = "sequences"
+    pooling: Literal["attention", "mean"] = "attention"
     likelihood: float = 0.0
     likelihood_temperature: float = 100.0
     layers: tuple[tuple[int, int, float], ...] = ((-1, -1, 1.0),)
@@ -78,6 +82,7 @@ class Objective:
             ("logit_state", ("com", "end")),
             ("outside", ("renormalise", "weight", "bucket")),
             ("normaliser", ("sequences", "spans")),
+            ("pooling", ("attention", "mean")),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(
@@ -219,8 +224,14 @@ def span_losses(
         pairs: the layers of the cosine term.
         sides: student and teacher with their tokens, which the likelihood term needs.
     """
-    student_com, _ = span_com(student_hidden, student_spans, student_mass)
-    teacher_com, span_mass = span_com(teacher_hidden, teacher_spans, teacher_mass)
+
+    def centres(hidden: Tensor, spans: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each span; and its attention mass, which the plain mean does not use."""
+        com, total = span_com(hidden, spans, mass)
+        return (com if objective.pooling == "attention" else span_com(hidden, spans)[0]), total
+
+    student_com, _ = centres(student_hidden, student_spans, student_mass)
+    teacher_com, span_mass = centres(teacher_hidden, teacher_spans, teacher_mass)
     weight = salience(span_mass, offsets, objective.power).to(
         torch.promote_types(student_com.dtype, torch.float32)
     )
@@ -231,9 +242,9 @@ def span_losses(
         for pair in pairs:
             own, other, share = student_com, teacher_com, weight
             if pair.student_hidden is not student_hidden:
-                own, _ = span_com(pair.student_hidden, student_spans, pair.student_mass)
+                own, _ = centres(pair.student_hidden, student_spans, pair.student_mass)
             if pair.teacher_hidden is not teacher_hidden:
-                other, mass = span_com(pair.teacher_hidden, teacher_spans, pair.teacher_mass)
+                other, mass = centres(pair.teacher_hidden, teacher_spans, pair.teacher_mass)
                 share = salience(mass, offsets, objective.power).to(weight.dtype)
             projected = F.linear(own, pair.projector.to(own.dtype)).to(weight.dtype)
             similarity = F.cosine_similarity(projected, other.to(weight.dtype), dim=-1)

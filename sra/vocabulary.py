@@ -82,6 +82,27 @@ class SharedVocabulary:
         return f"SharedVocabulary({len(self):,} tokens)"
 
 
+def check_heads(vocabulary: SharedVocabulary | None, student_rows: int, teacher_rows: int) -> None:
+    """Raise ValueError unless heads of so many rows can be compared; None: as one vocabulary."""
+    if vocabulary is None:
+        if student_rows != teacher_rows:
+            raise ValueError(
+                f"The student's head has {student_rows} rows and the teacher's {teacher_rows}, so "
+                "they do not share one vocabulary. Pass vocabulary=SharedVocabulary("
+                "student_tokenizer, teacher_tokenizer)."
+            )
+        return
+    for side, ids, rows in (
+        ("student", vocabulary.student_ids, student_rows),
+        ("teacher", vocabulary.teacher_ids, teacher_rows),
+    ):
+        if int(ids.max()) >= rows:
+            raise ValueError(
+                f"The shared vocabulary names id {int(ids.max())} of the {side}, whose head has "
+                f"{rows} rows. Build it with {side}_rows={rows}."
+            )
+
+
 def _by_string(tokenizer: ByteTokenizer) -> dict[str, int]:
     return tokenizer.backend.get_vocab(with_added_tokens=True)
 

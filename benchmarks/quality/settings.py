@@ -87,6 +87,8 @@ ABLATIONS: dict[str, Options] = {
     "paper: logit + geometry": {"recipe": "paper", "cosine": 0.0},
     "paper: cosine + geometry": {"recipe": "paper", "logit": 0.0},
     "paper: spans not weighed": {"recipe": "paper", "power": 0.0},
+    "paper: tokens not weighed": {"recipe": "paper", "pooling": "mean"},
+    "paper: neither weighed": {"recipe": "paper", "power": 0.0, "pooling": "mean"},
     "paper: at span ends": {"recipe": "paper", "logit_state": "end"},
     "paper: mass weight": {"recipe": "paper", "outside": "weight"},
     "paper: bucket": {"recipe": "paper", "outside": "bucket"},

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sra import SharedVocabulary, SpanAligner, SpanCollator, SpanDistiller, count_items, recipe
-from sra.objective import Objective
+from sra.model import Head
+from sra.objective import LayerPair, Objective, span_losses
 from tests import tiny
 from tests.objective import plain
 from tests.real_models import checkpoint
@@ -24,7 +25,7 @@ REAL_ROWS = [
     {"prompt": "Grüß mich!", "completion": "Grüße, naïve 🐸🎉!"},
 ]
 
-OTHERS = ("layers", "likelihood", "likelihood_temperature")  # have tests of their own
+OTHERS = ("layers", "pooling", "likelihood", "likelihood_temperature")  # have tests of their own
 
 
 Samples: TypeAlias = list[tuple[plain.Side, plain.Side]]
@@ -277,3 +278,36 @@ def test_attention_implementations_agree(small, name):
             losses[implementation] = distiller(**batch).loss.item()
     assert losses["exact"] == pytest.approx(losses["sdpa"], rel=1e-12)
     assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-6)
+
+
+def test_plain_means_are_those_of_even_attention():
+    """Where the spans are not weighed either, the attention is then of no account."""
+    batch = tiny.collator()(tiny.ROWS)
+    (given,) = batch["teachers"]
+    torch.manual_seed(0)
+    hidden = [torch.randn(x["input_ids"].numel(), 32, dtype=torch.float64) for x in (batch, given)]
+
+    def losses(pooling, masses):
+        objective = recipe("paper", pooling=pooling, power=0.0)
+        projector = torch.eye(32, dtype=torch.float64)
+        return span_losses(
+            objective,
+            student_hidden=hidden[0], teacher_hidden=hidden[1],
+            student_mass=masses[0], teacher_mass=masses[1],
+            student_spans=given["student_spans"], teacher_spans=given["teacher_spans"],
+            offsets=given["span_offsets"],
+            student_head=Head(torch.randn(50, 32, dtype=torch.float64, generator=seeded())),
+            teacher_head=Head(torch.randn(50, 32, dtype=torch.float64, generator=seeded())),
+            vocabulary=None,
+            pairs=[LayerPair(*hidden, *masses, projector)],
+        )  # fmt: skip
+
+    def seeded():
+        return torch.Generator().manual_seed(3)
+
+    uneven = [torch.rand(len(x), dtype=torch.float64) for x in hidden]
+    even = [torch.ones(len(x), dtype=torch.float64) for x in hidden]
+    plain, attended = losses("mean", uneven), losses("attention", even)
+    for name in ("cosine", "geometry", "logit"):
+        torch.testing.assert_close(getattr(plain, name), getattr(attended, name))
+        assert getattr(losses("attention", uneven), name) != getattr(plain, name)
