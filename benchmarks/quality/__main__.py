@@ -6,12 +6,14 @@
     python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
 
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
-as many tries for each; then three seeds are measured on the test split.
+as many tries for each; then three seeds are measured on the test split. An ablation takes what was
+chosen for the recipe that it changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,15 +24,18 @@ from transformers.utils import logging
 from benchmarks.quality import page
 from benchmarks.quality.run import Bench
 from benchmarks.quality.settings import (
+    ABLATED,
     ABLATIONS,
     DEV_SEED,
     MAIN,
     MORE_RATES,
+    PARENTS,
     RATES,
     REGIMES,
     SEEDS,
     SETTINGS,
     SHARES,
+    TRIES,
     Regime,
     has_share,
 )
@@ -52,41 +57,42 @@ def cases(
     done: Sequence[Run], settings: Sequence[str], regimes: Sequence[Regime],
     variants: Sequence[str], small: bool,
 ) -> Iterator[Case]:  # fmt: skip
-    """What is to be run next, in order, given what has been; to be asked again after each run."""
-    for setting in settings:
-        for regime in regimes:
-            for variant in variants:
-                yield from _of_variant(done, setting, regime, variant, small)
+    """What is missing, in order, as far as it is known; to be asked again after each run."""
+    for setting, regime, variant in itertools.product(settings, regimes, variants):
+        if variant in ABLATIONS and setting not in ABLATED:
+            continue
+        mine = of(done, setting=setting, regime=regime.name, steps=regime.steps)
+        choice: tuple[float, float] | None = (RATES[1], 0.5)
+        if not small:
+            parent = PARENTS.get(variant, variant)
+            tried = of(mine, variant=parent, split="dev")
+            for rate, alpha in tries(parent, tried):
+                if not of(tried, learning_rate=rate, alpha=alpha):
+                    yield setting, regime, parent, "dev", rate, alpha, DEV_SEED
+            choice = chosen(tried)
+        if choice:
+            seen = of(mine, variant=variant, split="test", learning_rate=choice[0], alpha=choice[1])
+            for seed in SEEDS[:1] if small else SEEDS:
+                if not of(seen, seed=seed):
+                    yield setting, regime, variant, "test", *choice, seed
 
 
-def _of_variant(
-    done: Sequence[Run], setting: str, regime: Regime, variant: str, small: bool
-) -> Iterator[Case]:
-    mine = of(done, setting=setting, regime=regime.name, variant=variant, steps=regime.steps)
-    seeds: Sequence[int] = SEEDS
-    if small:
-        tries, seeds = [(RATES[1], 0.5)], SEEDS[:1]
-    else:
-        tries = [(rate, 0.5) for rate in RATES]
-        tried = of(mine, split="dev", alpha=0.5)
-        if len({run.learning_rate for run in tried} & {*RATES}) == len(RATES):
-            if has_share(variant):
-                tries += [(best(tried).learning_rate, share) for share in SHARES]
-            else:
-                tries += [(rate, 0.5) for rate in MORE_RATES]
-    dev = [] if small else of(mine, split="dev")
-    missing = [
-        (rate, alpha) for rate, alpha in tries
-        if not small and not of(dev, learning_rate=rate, alpha=alpha)
-    ]  # fmt: skip
-    for rate, alpha in missing:
-        yield setting, regime, variant, "dev", rate, alpha, DEV_SEED
-    if missing or not (small or len(dev) >= len(RATES) + len(SHARES)):
-        return
-    rate, alpha = tries[0] if small else (best(dev).learning_rate, best(dev).alpha)
-    for seed in seeds:
-        if not of(mine, split="test", seed=seed, learning_rate=rate, alpha=alpha):
-            yield setting, regime, variant, "test", rate, alpha, seed
+def tries(variant: str, tried: Sequence[Run]) -> list[tuple[float, float]]:
+    """Pairs of learning rate and share to try on the dev split, as far as they are known."""
+    first = [(rate, 0.5) for rate in RATES]
+    if not has_share(variant):
+        return first + [(rate, 0.5) for rate in MORE_RATES]
+    known = [run for run in tried if (run.learning_rate, run.alpha) in first]
+    if len(known) < len(first):
+        return first
+    return first + [(best(known).learning_rate, share) for share in SHARES]
+
+
+def chosen(tried: Sequence[Run]) -> tuple[float, float] | None:
+    """The best of all tries; None while some are missing."""
+    if len(tried) < TRIES:
+        return None
+    return best(tried).learning_rate, best(tried).alpha
 
 
 def main(argv: Sequence[str] | None = None) -> None:

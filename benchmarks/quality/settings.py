@@ -115,12 +115,16 @@ ABLATIONS: dict[str, Options] = {
 }  # fmt: skip
 
 VARIANTS = MAIN | ABLATIONS
+ABLATED = ("prune-qwen", "chinese")  # settings
+# An ablation is run at the learning rate and share that were chosen for its recipe.
+PARENTS = {name: str(options["recipe"]) for name, options in ABLATIONS.items()}
 
 # Every method is tried as often: at three learning rates, and at the best of them with two other
 # shares of cross-entropy, or, where there is nothing else, at two more learning rates.
 RATES = (1e-4, 3e-4, 1e-3)
 SHARES = (0.2, 0.8)
 MORE_RATES = (2e-4, 5e-4)
+TRIES = len(RATES) + len(SHARES)
 
 
 def has_share(variant: str) -> bool:

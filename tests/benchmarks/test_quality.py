@@ -67,6 +67,13 @@ def test_a_run_that_diverged_is_never_the_best():
     assert all(run.learning_rate == 3e-4 for run in done if run.split == "test")
 
 
+def test_an_ablation_takes_what_was_chosen_for_its_recipe():
+    done = sweep(lambda case: case[4], ["paper: logit"])
+    assert [run.variant for run in done] == ["paper"] * 5 + ["paper: logit"] * 3
+    assert {(run.learning_rate, run.alpha) for run in done[5:]} == {(1e-4, 0.5)}
+    assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"], False)] == []
+
+
 def test_small_runs_each_method_once():
     done = sweep(lambda case: 1.0, ["cross-entropy", "uld"], small=True)
     assert [(run.variant, run.split, run.learning_rate) for run in done] == [
