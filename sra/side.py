@@ -43,13 +43,13 @@ def side_of(
     return Side(hidden, ids.flatten(), first.to(ids.device), spans, head, model)
 
 
-def embedding_of(side: Side) -> Tensor:
-    """``[V, E]``, what the side's input tokens become.
+def embedding_of(model: Any) -> Tensor:
+    """``[V, E]``, what the input tokens of a model, or of a teacher in memory, become.
 
     Raises:
         TypeError: the teacher is on disk, which keeps no embeddings.
     """
-    model = causal_lm(side.model) if isinstance(side.model, nn.Module) else side.model
+    model = causal_lm(model) if isinstance(model, nn.Module) else model
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(
             "This method reads the teacher's input embeddings, which a cache on disk does not "

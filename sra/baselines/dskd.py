@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, answers, embedding_of
-from sra.model import Head, causal_lm, state_width
+from sra.model import Head, state_width
 from sra_kernels import linear_span_kl
 
 ROWS = 256  # whose logits are held at once
@@ -78,7 +78,7 @@ class DSKD(Baseline):
         ]
         wide = torch.promote_types(student.hidden.dtype, torch.float32)
         weights = [p.to(wide) for p in projections]
-        embeddings = [embedding_of(side).detach() for side, _ in sides]
+        embeddings = [embedding_of(side.model).detach() for side, _ in sides]
 
         def exchange(
             states: Tensor, own: Tensor, other: Tensor, query: Tensor, *maps: Tensor
@@ -187,11 +187,5 @@ def _scaled(x: Tensor) -> Tensor:
 
 
 def _embedding_width(model: Any) -> int:
-    model = causal_lm(model) if isinstance(model, nn.Module) else model
-    if not hasattr(model, "get_input_embeddings"):
-        raise TypeError(
-            "The method 'dskd' reads the teacher's input embeddings, which a cache on disk does "
-            "not hold. Pass the model itself, or TeacherCache(model)."
-        )
-    weight = model.get_input_embeddings().weight
+    weight = embedding_of(model)
     return getattr(weight, "ds_shape", weight.shape)[1]  # DeepSpeed leaves a stub behind
