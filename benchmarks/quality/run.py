@@ -44,7 +44,7 @@ from sra.precision import faster_dtype
 from sra.progress import peak_gib, reset_peak
 
 Row = dict[str, Any]
-ANSWERED = 16  # of the test rows, for ROUGE-L
+ANSWERED, ANSWER = 16, 96  # test rows that are answered for ROUGE-L, in so many tokens
 SPLITS = {"dev": slice(0, DEV), "test": slice(DEV, DEV + TEST)}
 
 
@@ -170,7 +170,7 @@ class Bench:
             )
             answers = evaluate(
                 student, tokenizer, rows[:ANSWERED], metrics=["rouge_l"], greedy=True,
-                batch_size=ANSWERED, max_length=2 * MAX_TOKENS,
+                batch_size=ANSWERED, max_prompt_length=MAX_TOKENS, max_length=MAX_TOKENS + ANSWER,
             )  # fmt: skip
             found["rouge_l"] = answers["rouge_l"]["mean"]
         return found

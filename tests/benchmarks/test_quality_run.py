@@ -1,0 +1,88 @@
+"""One whole run of the sweep, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks.quality import __main__ as sweep
+from benchmarks.quality import run
+from benchmarks.quality.settings import Regime, Setting
+from benchmarks.quality.table import read
+from tests import tiny
+
+REGIME = Regime("fresh", "one pass", rows=8, steps=5)
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    student, teacher = tiny.write_checkpoints(tmp_path)
+    rows = [{**row, "prompt": f"{row['prompt']} {i}"} for i in range(5) for row in tiny.ROWS]
+    monkeypatch.setattr(run, "fetch_instructions", lambda language: list(rows))
+    monkeypatch.setattr(run, "SPLITS", {"dev": slice(0, 4), "test": slice(4, 10)})
+    monkeypatch.setattr(run, "DEV", 4)
+    monkeypatch.setattr(run, "TEST", 6)
+    monkeypatch.setattr(run, "ANSWERED", 2)
+    monkeypatch.setattr(run, "MAX_TOKENS", 100)
+    return Setting("tiny", "A tiny pair", str(student), str(teacher), 2, "en", "zh")
+
+
+@pytest.mark.parametrize("variant", ["cross-entropy", "seqkd", "dskd", "boundary + likelihood"])
+def test_a_run_is_measured(setting, tmp_path, variant):
+    bench = run.Bench(setting, tmp_path / "runs")
+    made = bench.run(variant, REGIME, "test", rate=1e-3, alpha=0.5, seed=1)
+    assert made.key == ("tiny", "fresh", variant, "test", 1e-3, 0.5, 1, 5)
+    assert 0 < made.bits_per_byte < 20
+    assert 0 <= made.agreement <= 1
+    assert made.rouge_l >= 0
+    assert made.other_bits_per_byte > 0
+    assert made.seconds_a_step > 0
+    again = bench.run(variant, REGIME, "dev", rate=1e-3, alpha=0.5, seed=1)
+    assert math.isnan(again.agreement)
+    if variant == "seqkd":
+        file = tmp_path / "runs" / "tiny" / "answered.jsonl"
+        answered = [json.loads(line) for line in file.read_text().splitlines()]
+        asked = {row["prompt"]: row["completion"] for row in bench.rows}
+        assert answered
+        assert all(row["completion"] != asked[row["prompt"]] for row in answered)
+
+
+def test_every_method_sees_the_same_rows_in_the_same_order(setting, tmp_path, monkeypatch):
+    seen = []
+    original = run.SpanCollator.__call__
+
+    def remember(self, rows):
+        seen[-1].append([row["prompt"] for row in rows])
+        return original(self, rows)
+
+    monkeypatch.setattr(run.SpanCollator, "__call__", remember)
+    bench = run.Bench(setting, tmp_path / "runs")
+    for variant in ("cross-entropy", "uld", "paper"):
+        seen.append([])
+        bench.run(variant, REGIME, "dev", rate=1e-3, alpha=0.5, seed=2)
+    assert [batches[: REGIME.steps] for batches in seen] == [seen[0][: REGIME.steps]] * 3
+
+
+def test_a_run_that_diverges_is_kept_as_one_that_did(setting, tmp_path):
+    bench = run.Bench(setting, tmp_path / "runs")
+    made = bench.run("cross-entropy", REGIME, "dev", rate=1e30, alpha=0.5, seed=1)
+    assert math.isnan(made.bits_per_byte)
+
+
+def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "SETTINGS", {"tiny": setting})
+    monkeypatch.setattr(sweep, "REGIMES", {"fresh": REGIME})
+    monkeypatch.setattr(sweep.page, "write", lambda runs: None)
+    file = tmp_path / "quality.csv"
+    command = ["--csv", str(file), "--folder", str(tmp_path / "runs"), "--variants", "boundary"]
+    sweep.main([*command, "--minutes", "0.001"])
+    assert len(read(file)) == 1
+    assert "The same command goes on" in capsys.readouterr().out
+    sweep.main(command)
+    done = read(file)
+    assert [one.split for one in done] == ["dev"] * 5 + ["test"] * 3
+    before = file.read_bytes()
+    sweep.main(command)
+    assert file.read_bytes() == before
