@@ -1,6 +1,6 @@
 """Every method on every setting, each at the options that suit it, into one CSV.
 
-    python -m benchmarks.quality                      everything, and again to go on (about a day)
+    python -m benchmarks.quality                      everything, and again to go on (over a day)
     python -m benchmarks.quality --minutes 110        starts no run after that
     python -m benchmarks.quality --small              a part of it, under 20 minutes
     python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
@@ -44,7 +44,7 @@ from sra.allocator import keep_freed_memory
 
 HERE = Path(__file__).parents[1] / "results"
 CSV, SMALL_CSV = HERE / "quality.csv", HERE / "quality-small.csv"
-SMALL = ("cross-entropy", "uld", "alm", "gold-bayesian", "paper", "boundary")
+SMALL = ("cross-entropy", "alm", "paper", "boundary")
 Case = tuple[str, Regime, str, str, float, float, int]
 
 
