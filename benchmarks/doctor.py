@@ -11,8 +11,6 @@ it loads a model.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import multiprocessing
 import statistics
 import time
@@ -27,7 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from sra.alignment import SpanAligner
-    from sra.allocator import keep_freed_memory
+    from sra.allocator import give_back_memory, keep_freed_memory
     from sra.collator import SpanCollator
     from sra.data import IGNORED
     from sra.distiller import SpanDistiller
@@ -60,8 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     predict(
         *configs, **sizes, machine=measure(clock=clock)
     )  # what it imports is no part of the peak
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     before = resident("RssAnon")
     student, teacher = load_model(STUDENT).train(), load_model(TEACHER)
     if args.gradient_checkpointing:
@@ -76,8 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         optimiser.zero_grad()
 
     step()  # makes the optimiser's state
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     reset_peak()
     files = resident("RssFile")
     step()

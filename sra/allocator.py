@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # Names of malloc.h, glibc.
@@ -22,3 +23,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for name, value in ((TRIM_THRESHOLD, -1), (MMAP_MAX, 0), (TOP_PAD, 1 << 26)):
             mallopt(name, value)
+
+
+def give_back_memory() -> None:
+    """The opposite, once: what is free goes back to the system, so that a peak can be measured."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -35,6 +35,7 @@ from sra import (
     TeacherCache,
     bits_per_byte,
 )
+from sra.allocator import give_back_memory
 from sra.baselines.sft import teacher_completions
 from sra.demo import prune_layers
 from sra.evaluation import evaluate, span_agreement
@@ -121,6 +122,7 @@ class Bench:
         rows = self.train_rows(regime)
         if variant == "seqkd":
             rows = self.answered()[: regime.rows]
+        give_back_memory()
         reset_peak()
         needs_teacher = config.objective().needs_teacher
         trainer = SRATrainer(
