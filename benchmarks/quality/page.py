@@ -107,8 +107,8 @@ def _cell(value: tuple[float, float], digits: int) -> str:
 
 def verdicts(runs: Sequence[Run]) -> str:
     """Where a recipe of ours is below every other method by two standard errors, and where not."""
-    lines = ["| setting | best of ours | next best | difference | beyond two standard errors |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| setting | methods so far | best of ours | next best | difference | beyond two "
+             "standard errors |", "|---|---|---|---|---|---|"]  # fmt: skip
     ours = [name for name in MAIN if name.startswith(("paper", "boundary"))]
     for setting in SETTINGS:
         for regime in REGIMES:
@@ -124,7 +124,8 @@ def verdicts(runs: Sequence[Run]) -> str:
             sure = not math.isnan(error) and mean > 2 * error
             title = f"{SETTINGS[setting].title}: {REGIMES[regime].title}"
             lines.append(
-                f"| {title} | {best} | {rival} | {_cell((mean, error), 4)} | "
+                f"| {title} | {len(mine) + len(rest)} of {len(MAIN)} | {best} | {rival} | "
+                f"{_cell((mean, error), 4)} | "
                 f"{'yes' if sure else 'no'} |"
             )
     return "\n".join(lines)

@@ -110,7 +110,7 @@ def runs_of(bits):
 
 def test_the_verdict_asks_for_two_standard_errors():
     sure = runs_of({"cross-entropy": [1.5, 1.52, 1.51], "boundary": [1.4, 1.42, 1.41]})
-    assert "| boundary | cross-entropy | 0.1000 ± 0.0000 | yes |" in page.verdicts(sure)
+    assert "| 2 of 14 | boundary | cross-entropy | 0.1000 ± 0.0000 | yes |" in page.verdicts(sure)
     unsure = runs_of({"cross-entropy": [1.5, 1.4, 1.6], "paper": [1.4, 1.5, 1.5]})
     assert page.verdicts(unsure).endswith("| no |")
     worse = runs_of({"uld": [1.0, 1.0, 1.0], "paper": [1.4, 1.4, 1.4]})
