@@ -219,6 +219,20 @@ class RowStream(IterableDataset):
             raise ValueError(f"{self.path} holds no rows. Write one JSON object a line.")
 
 
+class Passes(IterableDataset):
+    """A stream, pass after pass, so that a resumed run skips what was read in all of them."""
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 1
+        while number:  # else a data worker has no share
+            number = 0
+            for number, row in enumerate(self.rows, start=1):  # noqa: B007
+                yield row
+
+
 def stream_rows(path: str | Path, *, rank: int = 0, world_size: int = 1) -> RowStream:
     """The rows of a JSONL file (as `load_rows` reads them) without holding the file in memory.
 
@@ -278,17 +292,3 @@ def _clean(value: Any) -> Any:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
-
-
-class Passes(IterableDataset):
-    """A stream, pass after pass, so that a resumed run skips what was read in all of them."""
-
-    def __init__(self, rows: Iterable[Any]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[Any]:
-        number = 1
-        while number:  # else a data worker has no share
-            number = 0
-            for number, row in enumerate(self.rows, start=1):  # noqa: B007
-                yield row
