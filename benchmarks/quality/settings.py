@@ -119,11 +119,11 @@ ABLATED = ("prune-qwen", "chinese")  # settings
 # An ablation is run at the learning rate and share that were chosen for its recipe.
 PARENTS = {name: str(options["recipe"]) for name, options in ABLATIONS.items()}
 
-# Every method is tried as often: at three learning rates, and at the best of them with two other
+# Every method is tried as often: at four learning rates, and at the best of them with two other
 # shares of cross-entropy, or, where there is nothing else, at two more learning rates.
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SHARES = (0.2, 0.8)
-MORE_RATES = (2e-4, 5e-4)
+MORE_RATES = (5e-4, 2e-3)
 TRIES = len(RATES) + len(SHARES)
 
 

@@ -56,7 +56,7 @@ def test_rates_then_shares_then_seeds():
 def test_every_method_is_tried_as_often():
     for variant in ("cross-entropy", "seqkd", "uld"):
         done = sweep(lambda case: case[4], [variant])
-        assert sum(run.split == "dev" for run in done) == 5
+        assert sum(run.split == "dev" for run in done) == 6
     rates = {run.learning_rate for run in sweep(lambda case: case[4], ["cross-entropy"])}
     assert rates == {*RATES, *MORE_RATES}
 
@@ -69,8 +69,8 @@ def test_a_run_that_diverged_is_never_the_best():
 
 def test_an_ablation_takes_what_was_chosen_for_its_recipe():
     done = sweep(lambda case: case[4], ["paper: logit"])
-    assert [run.variant for run in done] == ["paper"] * 5 + ["paper: logit"] * 3
-    assert {(run.learning_rate, run.alpha) for run in done[5:]} == {(1e-4, 0.5)}
+    assert [run.variant for run in done] == ["paper"] * 6 + ["paper: logit"] * 3
+    assert {(run.learning_rate, run.alpha) for run in done[6:]} == {(1e-4, 0.5)}
     assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"], False)] == []
 
 

@@ -82,7 +82,7 @@ def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     assert "The same command goes on" in capsys.readouterr().out
     sweep.main(command)
     done = read(file)
-    assert [one.split for one in done] == ["dev"] * 5 + ["test"] * 3
+    assert [one.split for one in done] == ["dev"] * 6 + ["test"] * 3
     before = file.read_bytes()
     sweep.main(command)
     assert file.read_bytes() == before
