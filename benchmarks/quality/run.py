@@ -37,7 +37,7 @@ from sra import (
 )
 from sra.allocator import give_back_memory
 from sra.baselines.sft import teacher_completions
-from sra.demo import prune_layers
+from sra.demo import prune_layers, remember
 from sra.evaluation import evaluate, span_agreement
 from sra.model import head_rows
 from sra.packages import fetch_instructions, load_model, load_tokenizer
@@ -122,9 +122,11 @@ class Bench:
         rows = self.train_rows(regime)
         if variant == "seqkd":
             rows = self.answered()[: regime.rows]
+        needs_teacher = config.objective().needs_teacher
+        if needs_teacher:  # so that no method pays for what all of them share
+            remember(self.teacher, self.collator, rows)
         give_back_memory()
         reset_peak()
-        needs_teacher = config.objective().needs_teacher
         trainer = SRATrainer(
             load_model(str(self.start)),
             self.teacher if needs_teacher else None,
