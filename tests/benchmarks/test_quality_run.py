@@ -54,11 +54,12 @@ def test_every_method_sees_the_same_rows_in_the_same_order(setting, tmp_path, mo
     original = run.SpanCollator.__call__
 
     def remember(self, rows):
-        seen[-1].append([row["prompt"] for row in rows])
+        if self is not bench.collator:  # by which the teacher reads
+            seen[-1].append([row["prompt"] for row in rows])
         return original(self, rows)
 
-    monkeypatch.setattr(run.SpanCollator, "__call__", remember)
     bench = run.Bench(setting, tmp_path / "runs")
+    monkeypatch.setattr(run.SpanCollator, "__call__", remember)
     for variant in ("cross-entropy", "uld", "paper"):
         seen.append([])
         bench.run(variant, REGIME, "dev", rate=1e-3, alpha=0.5, seed=2)
