@@ -87,8 +87,18 @@ def render_prompt(tokenizer: Any, prompt: str, *, chat_template: bool = True) ->
         ValueError: the chat template refuses the prompt.
     """
     if chat_template and tokenizer.chat_template:
-        return written(tokenizer, [{"role": "user", "content": prompt}], generation=True)
+        return _written(tokenizer, [{"role": "user", "content": prompt}], generation=True)
     return f"{_start(tokenizer)}{prompt}\n"
+
+
+def render_question(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
+    """A conversation and the opening of the assistant's turn, as the chat template writes them.
+
+    Raises:
+        ValueError: the chat template refuses the conversation.
+    """
+    asked = [_cleaned(message) for message in messages]
+    return _written(tokenizer, asked, _tools(tools), generation=True)
 
 
 def render(
@@ -123,10 +133,9 @@ def render(
     if train_turns not in TRAIN_TURNS:
         raise ValueError(f"train_turns must be one of {TRAIN_TURNS}, got {train_turns!r}.")
     if row.get("messages") is not None:
-        messages = [cleaned(message) for message in row["messages"]]
+        messages = [_cleaned(message) for message in row["messages"]]
         chosen = _trained(messages, train_turns)
-        tools = row.get("tools") or None
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = _tools(row.get("tools"))
         if chat_template and tokenizer.chat_template:
             return _Templated(tokenizer, messages, tools).rendering(chosen)
         return _plain(tokenizer, messages, tools, chosen)
@@ -148,13 +157,18 @@ def _start(tokenizer: Any) -> str:
     return start if start and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
 
-def cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
+def _cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
     """Without keys that hold nothing, which tables of many rows are full of and templates trip
     over."""
     kept = {name: x for name, x in message.items() if x is not None and x != []}
     if isinstance(kept.get("content"), str):
         kept["content"] = clean_text(kept["content"])
     return kept
+
+
+def _tools(tools: Any) -> Any:
+    """A row's list of JSON schemas, which may be written as a string; None for none."""
+    return (json.loads(tools) if isinstance(tools, str) else tools) or None
 
 
 def _trained(messages: Sequence[Mapping[str, Any]], train_turns: TrainTurns) -> list[int]:
@@ -164,7 +178,7 @@ def _trained(messages: Sequence[Mapping[str, Any]], train_turns: TrainTurns) -> 
     return turns[-1:] if train_turns == "last" else turns
 
 
-def written(
+def _written(
     tokenizer: Any, messages: Sequence[Any], tools: Any = None, *, generation: bool = False
 ) -> str:
     try:
@@ -224,7 +238,7 @@ class _Templated:
 
     def __init__(self, tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> None:
         self.messages = messages
-        self.write = functools.partial(written, tokenizer, tools=tools)
+        self.write = functools.partial(_written, tokenizer, tools=tools)
         self.text = self.write(messages)
         self.ends = _turn_ends(tokenizer, len(tokenizer))
         self.mark = _MARK

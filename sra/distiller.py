@@ -17,7 +17,16 @@ from transformers.utils import ModelOutput
 from sra.baselines.baseline import Baseline, side_of
 from sra.batch import own_counts, step_counts
 from sra.data import IGNORED
-from sra.model import Head, causal_lm, head_of, head_rows, run_trunk, state_width, trunk_of
+from sra.model import (
+    Head,
+    causal_lm,
+    head_of,
+    head_rows,
+    linear_map,
+    run_trunk,
+    state_width,
+    trunk_of,
+)
 from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
 from sra.states import States, model_states, trunk_inputs
 from sra.tied import with_tied, without_tied
@@ -135,14 +144,8 @@ class SpanDistiller(nn.Module):
             check_heads(vocabulary, head_rows(self.student), head_rows(teacher))
 
     def _projector(self, teacher: Any, own: int, other: int) -> nn.Linear:
-        weight = next(p for p in self.student.parameters() if p.is_floating_point())
-        projector = nn.Linear(
-            state_width(self.student, own),
-            state_width(teacher, other),
-            bias=False,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        widths = state_width(self.student, own), state_width(teacher, other)
+        projector = linear_map(self.student, *widths)
         with torch.no_grad():
             projector.weight.copy_(nn.init.orthogonal_(torch.empty(projector.weight.shape)))
         return projector
@@ -174,6 +177,8 @@ class SpanDistiller(nn.Module):
             states = run_trunk(self.student, **trunk_inputs(*inputs)).last_hidden_state
         head = head_of(self.student).to(_compute_dtype(states))
         ce = _cross_entropy(states, head, labels)
+        # Here, where that has waited for the device already.
+        spells = num_bytes is not None and bool(num_bytes.any())
 
         terms = agreement = None
         if self.teachers:
@@ -183,7 +188,7 @@ class SpanDistiller(nn.Module):
         loss, parts = combine(self.objective, ce, terms, step_counts(own, num_items_in_batch))
         shared = None if terms is None else terms.shared_mass
         bits = None
-        if num_bytes is not None and num_bytes.any():
+        if num_bytes is not None and spells:
             bits = ce.detach() / math.log(2) / num_bytes.sum()
         return DistillerOutput(
             loss=loss,

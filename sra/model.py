@@ -169,18 +169,24 @@ def _head_shape(model: Any) -> Sequence[int]:
     return getattr(weight, "ds_shape", weight.shape)  # DeepSpeed leaves a stub behind
 
 
+def linear_map(student: Any, width: int, out: int) -> nn.Linear:
+    """A linear layer without bias, in a student's dtype and on its device."""
+    weight = next(p for p in student.parameters() if p.is_floating_point())
+    return nn.Linear(width, out, bias=False, dtype=weight.dtype, device=weight.device)
+
+
 @contextmanager
 def loaded_whole(args: Any) -> Iterator[None]:
     """Models loaded in here are whole on each rank, though `args`, the configuration of a run, is
     of DeepSpeed's ZeRO-3, under which `from_pretrained` splits every model. For teachers."""
+    if not args.deepspeed:
+        yield
+        return
     from transformers.integrations.deepspeed import (
         set_hf_deepspeed_config,
         unset_hf_deepspeed_config,
     )
 
-    if not args.deepspeed:
-        yield
-        return
     unset_hf_deepspeed_config()
     try:
         yield

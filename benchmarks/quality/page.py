@@ -24,13 +24,13 @@ from benchmarks.quality.table import Run, of
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, TEXT = DOCS / "evidence.md", Path(__file__).with_name("evidence.md")
-COLUMNS = (  # field, title, decimals, whether less is better
-    ("bits_per_byte", "bits per byte", 4, True),
-    ("agreement", "agreement", 3, False),
-    ("rouge_l", "ROUGE-L", 1, False),
-    ("other_bits_per_byte", "other language", 3, True),
-    ("seconds_a_step", "s a step", 2, True),
-    ("peak_gib", "GiB", 1, True),
+COLUMNS = (  # field, title, decimals
+    ("bits_per_byte", "bits per byte", 4),
+    ("agreement", "agreement", 3),
+    ("rouge_l", "ROUGE-L", 1),
+    ("other_bits_per_byte", "other language", 3),
+    ("seconds_a_step", "s a step", 2),
+    ("peak_gib", "GiB", 1),
 )
 
 
@@ -72,7 +72,7 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
     groups = {name: group for name, group in groups.items() if group}
     reference = groups.get("cross-entropy", [])
     order = sorted(groups, key=lambda name: _key(groups[name]))
-    titles = [title for _, title, _, _ in COLUMNS]
+    titles = [title for _, title, _ in COLUMNS]
     lines = [
         "| method | " + " | ".join(titles) + " | below cross-entropy | rate | alpha | seeds |",
         "|---|" + "---|" * (len(titles) + 4),
@@ -81,7 +81,7 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
         group = groups[name]
         cells = [
             _cell(mean_and_error([getattr(run, field) for run in group]), digits)
-            for field, _, digits, _ in COLUMNS
+            for field, _, digits in COLUMNS
         ]
         less = "" if name == "cross-entropy" else _cell(difference(group, reference), 4)
         chosen = group[0]

@@ -20,6 +20,7 @@ from benchmarks.quality.settings import (
     DEV,
     MAX_TOKENS,
     OTHER,
+    REGIMES,
     TEST,
     VARIANTS,
     Regime,
@@ -68,7 +69,6 @@ class Bench:
             self.tokenizers[0].save_pretrained(self.start)
         self.dtype = faster_dtype()
         self._teacher: TeacherCache | None = None
-        self._answered: list[Row] | None = None
 
     @property
     def teacher(self) -> TeacherCache:
@@ -82,27 +82,18 @@ class Bench:
     def answered(self) -> list[Row]:
         """Training rows with the teacher's own completions, for SeqKD; made once and kept."""
         file = self.folder / "answered.jsonl"
-        if self._answered is None and not file.exists():
-            most = self.rows[DEV + TEST :]
-            teacher = load_model(self.setting.teacher).to(self.dtype)
+        if not file.exists():
             made = teacher_completions(
-                teacher, self.tokenizers[1], most, max_new_tokens=MAX_TOKENS, batch_size=16
-            ).rows
+                load_model(self.setting.teacher).to(self.dtype),
+                self.tokenizers[1],
+                self.rows[DEV + TEST :][: max(regime.rows for regime in REGIMES.values())],
+                max_new_tokens=MAX_TOKENS,
+                batch_size=16,
+            )
             part = file.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in made))
+            part.write_text("".join(json.dumps(row) + "\n" for row in made.rows))
             part.rename(file)
-        if self._answered is None:
-            self._answered = [json.loads(line) for line in file.read_text().splitlines()]
-        return self._answered
-
-    def before(self) -> dict[str, float]:
-        """Bits per byte on the test rows, of the start and of the teacher."""
-        rows = self.rows[SPLITS["test"]]
-        sides = ("start", str(self.start), 0), ("teacher", self.setting.teacher, 1)
-        return {
-            name: bits_per_byte(load_model(path), self.tokenizers[i], rows, max_length=1024)
-            for name, path, i in sides
-        }
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
     def run(
         self, variant: str, regime: Regime, split: str, *, rate: float, alpha: float, seed: int

@@ -27,13 +27,6 @@ class Run:
     seconds_a_step: float
     peak_gib: float
 
-    @property
-    def key(self) -> tuple[str, str, str, str, float, float, int, int]:
-        return (
-            self.setting, self.regime, self.variant, self.split, self.learning_rate, self.alpha,
-            self.seed, self.steps,
-        )  # fmt: skip
-
 
 _KINDS = {"str": str, "float": float, "int": int}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, answers, embedding_of
-from sra.model import Head, state_width
+from sra.model import Head, linear_map, state_width
 from sra_kernels import linear_span_kl
 
 ROWS = 256  # whose logits are held at once
@@ -60,9 +60,9 @@ class DSKD(Baseline):
                 "method 'dskd' adds them. Use another method."
             )
         return [
-            linear(student, 2 * _embedding_width(student), 2 * other),
-            linear(student, other, own),
-            linear(student, own, other),
+            linear_map(student, 2 * _embedding_width(student), 2 * other),
+            linear_map(student, other, own),
+            linear_map(student, own, other),
         ]
 
     def loss(self, pair: Pair, projections: Sequence[Tensor]) -> Tensor:
@@ -118,12 +118,6 @@ class DSKD(Baseline):
             teacher.head,
             self.temperature,
         )
-
-
-def linear(student: Any, width: int, out: int) -> nn.Linear:
-    """A map without bias, in the student's dtype and on its device."""
-    weight = next(p for p in student.parameters() if p.is_floating_point())
-    return nn.Linear(width, out, bias=False).to(device=weight.device, dtype=weight.dtype)
 
 
 def student_space(

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra.baselines.baseline import Baseline, Pair
-from sra.baselines.dskd import ROWS, head_kl, linear, student_space
-from sra.model import Head, head_of
+from sra.baselines.dskd import ROWS, head_kl, student_space
+from sra.model import Head, head_of, linear_map
 from sra.vocabulary import SharedVocabulary
 
 FIT_ROWS = 8192  # of the heads, multiplied at once in float64
@@ -69,7 +69,7 @@ class DSKDv2(Baseline):
                 else (torch.arange(len(heads[0].weight)),) * 2
             )
             maps = _fits(*heads, *ids)
-            layers = [linear(student, *fit.shape[::-1]) for fit in maps]
+            layers = [linear_map(student, *fit.shape[::-1]) for fit in maps]
             for layer, fit in zip(layers, maps, strict=True):
                 layer.weight.copy_(fit)
         return layers

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-
 from sra.baselines.baseline import Baseline
-from sra.chat import cleaned, render, render_prompt, written
+from sra.chat import render, render_prompt, render_question
 from sra.data import check_row
 from sra.evaluation.rouge import generate
-from sra.model import causal_lm
 from sra.token_bytes import clean_text
 
 
@@ -90,21 +86,15 @@ def teacher_completions(
         for i, prompt in enumerate(prompts)
         if max_prompt_length is None or len(prompt) <= max_prompt_length
     ]
-    device = causal_lm(teacher).get_output_embeddings().weight.device
-    training = teacher.training
-    teacher.eval()
-    texts: list[str] = []
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if seed is not None:
-                torch.manual_seed(seed)
-            for start in range(0, len(short), batch_size):
-                batch = [prompts[i] for i in short[start : start + batch_size]]
-                texts += generate(teacher, tokenizer, batch, device, seed is None, max_new_tokens)
-                if progress:
-                    progress(len(texts))
-    finally:
-        teacher.train(training)
+    texts = generate(
+        teacher,
+        tokenizer,
+        [prompts[i] for i in short],
+        seed=seed,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
     answered = [
         _answered(given[i], text) for i, text in zip(short, map(clean_text, texts), strict=True)
         if text
@@ -126,9 +116,7 @@ def _prompt(tokenizer: Any, row: Mapping[str, Any], where: str, chat_template: b
             "with the assistant's answer to another."
         )
     if chat_template and tokenizer.chat_template:
-        tools = row.get("tools") or None
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return written(tokenizer, list(map(cleaned, messages[:-1])), tools, generation=True)
+        return render_question(tokenizer, messages[:-1], row.get("tools"))
     plain = render(tokenizer, row, chat_template=False, train_turns="last")
     return plain.text[: plain.labels[-1].start]
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from sra.model import loaded_whole
     from sra.packages import load_model, load_tokenizer
     from sra.run_record import check_settings, last_checkpoint, write_record
-    from sra.trainer import SRATrainer
+    from sra.trainer import CHECKED_ROWS, SRATrainer
 
     if config.resume_from_checkpoint:
         raise ValueError(
@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("There is no data: add --data rows.jsonl.")
     needs_teacher = config.objective().needs_teacher
     if needs_teacher and not (given.teacher_model_name_or_path or given.teacher_cache):
+        kind = "recipe" if config.method == "sra" else "method"
         raise ValueError(
-            f"The recipe {config.recipe!r} needs a teacher: sra distill STUDENT TEACHER."
+            f"The {kind} {getattr(config, kind)!r} needs a teacher: sra distill STUDENT TEACHER."
         )
     if given.dataset_streaming:
         if config.max_steps < 0:
@@ -92,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"Spans cover {trainer.coverage:.1%} of the trained texts' bytes.")
     if trainer.left_out:
         print(
-            f"{trainer.left_out:,} rows are left out: their prompts fill max_length = "
-            f"{config.max_length}."
+            f"{trainer.left_out:,} of the {min(len(train), CHECKED_ROWS):,} rows that were looked "
+            f"at are left out: their prompts fill max_length = {config.max_length}."
         )
     if config.should_save:
         write_record(output, inputs=inputs)

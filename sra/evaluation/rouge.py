@@ -90,25 +90,18 @@ def answer(
             f"max_length = {max_length} leaves no room for an answer after max_prompt_length = "
             f"{max_prompt_length} tokens. Raise the one or lower the other."
         )
-    device = causal_lm(model).get_output_embeddings().weight.device
-    training = model.training
-    model.eval()
-    texts: list[str] = []
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in range(0, len(questions), batch_size):
-                prompts = [
-                    _prompt_ids(tokenizer, question.prompt, max_prompt_length, chat_template)
-                    for question in questions[start : start + batch_size]
-                ]
-                texts += generate(
-                    model, tokenizer, prompts, device, greedy, max_length - max_prompt_length
-                )
-                if progress:
-                    progress(len(texts))
-    finally:
-        model.train(training)
+    texts = generate(
+        model,
+        tokenizer,
+        [
+            _prompt_ids(tokenizer, question.prompt, max_prompt_length, chat_template)
+            for question in questions
+        ],
+        seed=None if greedy else seed,
+        batch_size=batch_size,
+        max_new_tokens=max_length - max_prompt_length,
+        progress=progress,
+    )
     return [
         Answer(row, seed, question.prompt, text, rouge_l(question.references, text))
         for row, (question, text) in enumerate(zip(questions, texts, strict=True))
@@ -140,11 +133,46 @@ def _prompt_ids(tokenizer: Any, prompt: str, limit: int, chat_template: bool) ->
     return (body[: max(0, len(body) - over)] + ids[len(body) :])[-limit:]
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
+    *,
+    seed: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What the model writes behind each prompt of token ids, without special tokens, stripped.
+
+    Args:
+        seed: sample from the model's own distribution (see `answer`), from a random state of its
+            own; None: the likeliest token each time.
+        progress: called with the number of prompts done after each batch.
+    """
+    device = causal_lm(model).get_output_embeddings().weight.device
+    training = model.training
+    model.eval()
+    texts: list[str] = []
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(prompts), batch_size):
+                part = prompts[start : start + batch_size]
+                texts += _generate(model, tokenizer, part, device, seed is None, max_new_tokens)
+                if progress:
+                    progress(len(texts))
+    finally:
+        model.train(training)
+    return texts
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
     device: torch.device,
     greedy: bool,
     max_new_tokens: int,

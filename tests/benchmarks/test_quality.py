@@ -89,7 +89,9 @@ def test_the_csv_gives_back_what_was_written(tmp_path):
     kept = read(tmp_path / "a" / "b.csv")
     assert kept[1:] == runs[1:]
     assert math.isnan(kept[0].bits_per_byte)
-    assert [run.key for run in kept] == [run.key for run in runs]
+    assert dataclasses.replace(kept[0], bits_per_byte=0) == dataclasses.replace(
+        runs[0], bits_per_byte=0
+    )
     assert read(tmp_path / "none.csv") == []
 
 

@@ -33,7 +33,10 @@ def setting(tmp_path, monkeypatch):
 def test_a_run_is_measured(setting, tmp_path, variant):
     bench = run.Bench(setting, tmp_path / "runs")
     made = bench.run(variant, REGIME, "test", rate=1e-3, alpha=0.5, seed=1)
-    assert made.key == ("tiny", "fresh", variant, "test", 1e-3, 0.5, 1, 5)
+    assert (made.setting, made.regime, made.variant, made.split) == (
+        "tiny", "fresh", variant, "test",
+    )  # fmt: skip
+    assert (made.learning_rate, made.alpha, made.seed, made.steps) == (1e-3, 0.5, 1, 5)
     assert 0 < made.bits_per_byte < 20
     assert 0 <= made.agreement <= 1
     assert made.rouge_l >= 0

@@ -177,7 +177,20 @@ def test_help_of_distill(capsys):
 def test_a_teacher_is_missing(pair, data, capsys, tmp_path):
     output = tmp_path / "run"
     argv = ["distill", pair[0], "--data", data, "--output", output]
-    assert "needs a teacher: sra distill STUDENT TEACHER" in refused(capsys, argv, output)
+    said = "needs a teacher: sra distill STUDENT TEACHER"
+    assert f"The recipe 'boundary' {said}" in refused(capsys, argv, output)
+    argv += ["--method", "uld"]
+    assert f"The method 'uld' {said}" in refused(capsys, argv, output)
+
+
+def test_rows_that_are_left_out_are_counted(pair, tmp_path, capsys):
+    rows = [*tiny.ROWS, {"prompt": "word " * 200, "completion": "y"}]
+    data = tiny.write_jsonl(tmp_path / "long.jsonl", rows)
+    argv = ["distill", *pair, "--data", data, "--output", tmp_path / "run", "--max-steps", "1",
+            "--max-length", "100", "--cpu"]  # fmt: skip
+    assert main([*map(str, argv)]) == 0
+    said = f"1 of the {len(rows)} rows that were looked at are left out: their prompts fill max_"
+    assert said in capsys.readouterr().out
 
 
 def test_too_little_coverage(pair, data, capsys, tmp_path):
