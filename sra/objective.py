@@ -227,8 +227,10 @@ def span_losses(
 
     def centres(hidden: Tensor, spans: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
         """Of each span; and its attention mass, which the plain mean does not use."""
-        com, total = span_com(hidden, spans, mass)
-        return (com if objective.pooling == "attention" else span_com(hidden, spans)[0]), total
+        if objective.pooling == "attention":
+            return span_com(hidden, spans, mass)
+        com, rows = span_com(hidden, spans)
+        return com, span_com(mass[:, None], spans)[0][:, 0] * rows
 
     student_com, _ = centres(student_hidden, student_spans, student_mass)
     teacher_com, span_mass = centres(teacher_hidden, teacher_spans, teacher_mass)
