@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from sra.alignment import SpanAligner
-from sra.allocator import keep_freed_memory
+from sra.allocator import give_back_memory, keep_freed_memory
 from sra.chat import render_prompt
 from sra.collator import SpanCollator
 from sra.config import SRAConfig
@@ -196,6 +196,7 @@ def train(
 ) -> tuple[Result, SRATrainer]:
     """One run, and the trainer that holds its student."""
     print(f"\n{recipe}, {regime.name}: {steps} steps of {BATCH} of {len(train_rows)} rows")
+    give_back_memory()
     reset_peak()
     trainer = SRATrainer(
         load_model(str(start)),
