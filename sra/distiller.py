@@ -250,9 +250,11 @@ class SpanDistiller(nn.Module):
                     projectors,
                 )
             else:
-                sides = None
-                if objective.likelihood:
+                sides = spelt = None
+                if objective.needs_sides:
                     sides = side_of(self.student, *mine), side_of(teacher, *others)
+                if objective.outside == "respell" and vocabulary is not None:
+                    spelt = vocabulary.trie(device)
                 terms = span_losses(
                     objective,
                     student_hidden=student.hidden[-1],
@@ -273,6 +275,7 @@ class SpanDistiller(nn.Module):
                         for i, projector in enumerate(projectors)
                     ],
                     sides=sides,
+                    spelt=spelt,
                 )  # fmt: skip
             sums.append(terms.scaled(self.teacher_weights[index]))
             if self.agreement_spans and len(batch["student_spans"]):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sra.side import Side
+from sra.side import Side, rows_of
 from sra_kernels import span_com
 
 ROWS = 256  # whose logits are held at once
@@ -43,8 +43,7 @@ def span_log_likelihood(side: Side, spans: Tensor) -> Tensor:
     """``[S]``, log p of the tokens of each span after what is before them, in nats."""
     lengths = spans[:, 1] - spans[:, 0]
     ends = lengths.cumsum(0)
-    owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
-    rows = torch.arange(len(owner), device=spans.device) + (spans[:, 0] - ends + lengths)[owner]
+    _, rows = rows_of(spans)
     states, targets = side.hidden[rows - 1], side.ids[rows]
 
     def score(states: Tensor, targets: Tensor) -> Tensor:

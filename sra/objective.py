@@ -17,7 +17,9 @@ from torch import Tensor
 
 from sra.likelihood import span_likelihood
 from sra.model import Head
+from sra.respelling import respelled_kl
 from sra.side import Side
+from sra.spelling import Trie
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import linear_span_kl, span_com, span_geometry
 
@@ -33,8 +35,11 @@ class Objective:
         span's last token, which on both sides predicts what follows the shared boundary.
     outside: "renormalise" compares inside the shared vocabulary alone (paper); "weight" multiplies
         each span's KL by the teacher's probability of the shared vocabulary; "bucket" makes
-        everything outside one more class.
-    normaliser: L_logit is a sum over spans divided by the number of "sequences" (paper) or "spans".
+        everything outside one more class; "respell" gives the probability of each of the teacher's
+        tokens to the student's that spell it, inside spans too (`sra.respelling`); it goes with
+        "end" and "forward".
+    normaliser: L_logit is a sum over spans divided by the number of "sequences" (paper), "spans" or
+        the student's "tokens".
 
     likelihood, likelihood_temperature: weight and temperature of `sra.likelihood`, a mean over
         spans, which needs no shared vocabulary; not in the paper, whose weight is 0.
@@ -56,8 +61,8 @@ class Objective:
     direction: Literal["forward", "reverse", "jsd"] = "forward"
     beta: float | None = None
     logit_state: Literal["com", "end"] = "com"
-    outside: Literal["renormalise", "weight", "bucket"] = "renormalise"
-    normaliser: Literal["sequences", "spans"] = "sequences"
+    outside: Literal["renormalise", "weight", "bucket", "respell"] = "renormalise"
+    normaliser: Literal["sequences", "spans", "tokens"] = "sequences"
     pooling: Literal["attention", "mean"] = "attention"
     likelihood: float = 0.0
     likelihood_temperature: float = 100.0
@@ -80,14 +85,19 @@ class Objective:
         for name, values in (
             ("direction", ("forward", "reverse", "jsd")),
             ("logit_state", ("com", "end")),
-            ("outside", ("renormalise", "weight", "bucket")),
-            ("normaliser", ("sequences", "spans")),
+            ("outside", ("renormalise", "weight", "bucket", "respell")),
+            ("normaliser", ("sequences", "spans", "tokens")),
             ("pooling", ("attention", "mean")),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r}: choose one of {', '.join(values)}."
                 )
+        if self.outside == "respell" and (self.logit_state, self.direction) != ("end", "forward"):
+            raise ValueError(
+                f'outside = "respell" with logit_state = {self.logit_state!r}, direction = '
+                f'{self.direction!r}: it goes with logit_state = "end" and direction = "forward".'
+            )
         layers = tuple((int(s), int(t), float(weight)) for s, t, weight in self.layers)
         object.__setattr__(self, "layers", layers)
         if not layers or any(weight <= 0 for _, _, weight in layers):
@@ -102,6 +112,11 @@ class Objective:
             )
         if self.beta is not None and not 0 < self.beta < 1:
             raise ValueError(f"beta = {self.beta}: it must lie between 0 and 1.")
+
+    @property
+    def needs_sides(self) -> bool:
+        """Whether a term reads the tokens themselves."""
+        return self.likelihood > 0 or self.outside == "respell"
 
     @property
     def needs_teacher(self) -> bool:
@@ -119,14 +134,23 @@ RECIPES = {
     "boundary": Objective(
         gamma=0.0, temperature=1.0, logit_state="end", outside="weight", normaliser="spans"
     ),
+    "respell": Objective(
+        gamma=0.0,
+        temperature=1.0,
+        cosine=0.0,
+        logit_state="end",
+        outside="respell",
+        normaliser="tokens",
+    ),
 }
 
 
 def recipe(name: str, **changes: Any) -> Objective:
     """A named objective, with changes.
 
-    "cross-entropy" needs no teacher; "paper" is arXiv 2605.01205 exactly; "boundary" is ours: it
-    compares predictions where both tokenizers end a token (docs/method.md says why).
+    "cross-entropy" needs no teacher; "paper" is arXiv 2605.01205 exactly; "boundary" and "respell"
+    are ours: they compare predictions where both tokenizers end a token, on the vocabulary that
+    both share, and on all of the student's (docs/method.md says why).
 
     >>> recipe("paper", gamma=10.0)
     """
@@ -211,6 +235,7 @@ def span_losses(
     vocabulary: tuple[Tensor, Tensor] | None,
     pairs: Sequence[LayerPair],
     sides: tuple[Side, Side] | None = None,
+    spelt: Trie | None = None,
 ) -> SpanLosses:
     """The span terms as sums over the batch.
 
@@ -222,7 +247,9 @@ def span_losses(
         offsets: ``[B + 1]``, the spans of each sequence.
         vocabulary: ids ``([K], [K])`` of the shared entries, or None for one vocabulary.
         pairs: the layers of the cosine term.
-        sides: student and teacher with their tokens, which the likelihood term needs.
+        sides: student and teacher with their tokens, which the likelihood term and "respell" need.
+        spelt: how the student spells the teacher's vocabulary, which "respell" needs; None for one
+            vocabulary.
     """
 
     def centres(hidden: Tensor, spans: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +282,10 @@ def span_losses(
     if objective.gamma:
         geometry = span_geometry(student_com, teacher_com, weight, offsets).sum()
     shared: Tensor | None = None
-    if objective.logit:
+    if objective.logit and objective.outside == "respell":
+        assert sides is not None
+        logit, shared = respelled_kl(*sides, offsets, spelt, objective.temperature)
+    elif objective.logit:
         if objective.logit_state == "com":
             states = student_com, teacher_com
         else:

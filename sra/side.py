@@ -43,6 +43,15 @@ def side_of(
     return Side(hidden, ids.flatten(), first.to(ids.device), spans, head, model)
 
 
+def rows_of(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of all spans ``[S, 2]``, one span behind the other: the number of the span that each
+    is in, and the row."""
+    lengths = spans[:, 1] - spans[:, 0]
+    owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
+    before = lengths.cumsum(0) - lengths
+    return owner, torch.arange(len(owner), device=spans.device) + (spans[:, 0] - before)[owner]
+
+
 def embedding_of(model: Any) -> Tensor:
     """``[V, E]``, what the input tokens of a model, or of a teacher in memory, become.
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from sra.spelling import Trie, spelt_with
 from sra.token_bytes import BYTE_PIECE, ByteTokenizer, byte_tokenizer
 
 
@@ -74,6 +75,21 @@ class SharedVocabulary:
                 )
             )
         self.student_ids, self.teacher_ids = torch.tensor(shared, dtype=torch.int64).unbind(1)
+        self._sides = student, teacher
+        self._rows = student_rows, teacher_rows
+        self._tries: dict[torch.device, Trie] = {}
+
+    def trie(self, device: torch.device) -> Trie:
+        """How the student spells every entry of the teacher's, shared or not; made when it is first
+        asked for (2 s for 150,000 entries), and kept on each device."""
+        if not self._tries:
+            shared = self.student_ids, self.teacher_ids
+            self._tries[torch.device("cpu")] = spelt_with(*self._sides, shared, *self._rows)
+        if device not in self._tries:
+            own = self._tries[torch.device("cpu")]
+            moved = {name: x.to(device) for name, x in own._asdict().items() if name != "size"}
+            self._tries[device] = own._replace(**moved)
+        return self._tries[device]
 
     def __len__(self) -> int:
         return len(self.student_ids)

@@ -6,8 +6,10 @@
     python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
 
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
-as many tries for each; then three seeds are measured on the test split. An ablation takes what was
-chosen for the recipe that it changes.
+as many tries for each; then three seeds are measured on the test split. Settings with the same
+student share what was chosen, and an ablation takes what was chosen for the recipe that it changes.
+
+Two commands with different --settings may run side by side into one CSV.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from benchmarks.quality.settings import (
     ABLATED,
     ABLATIONS,
     DEV_SEED,
+    FINER,
     MAIN,
-    MORE_RATES,
     PARENTS,
     RATES,
     REGIMES,
@@ -59,16 +61,20 @@ def cases(
 ) -> Iterator[Case]:  # fmt: skip
     """What is missing, in order, as far as it is known; to be asked again after each run."""
     for setting, regime, variant in itertools.product(settings, regimes, variants):
-        if variant in ABLATIONS and setting not in ABLATED:
+        if variant in ABLATIONS and (setting, regime.name) not in ABLATED:
             continue
         mine = of(done, setting=setting, regime=regime.name, steps=regime.steps)
         choice: tuple[float, float] | None = (RATES[1], 0.5)
         if not small:
             parent = PARENTS.get(variant, variant)
-            tried = of(mine, variant=parent, split="dev")
+            tuned_on = SETTINGS[setting].tuned_on
+            tried = of(
+                done, setting=tuned_on, regime=regime.name, steps=regime.steps, variant=parent,
+                split="dev",
+            )  # fmt: skip
             for rate, alpha in tries(parent, tried):
                 if not of(tried, learning_rate=rate, alpha=alpha):
-                    yield setting, regime, parent, "dev", rate, alpha, DEV_SEED
+                    yield tuned_on, regime, parent, "dev", rate, alpha, DEV_SEED
             choice = chosen(tried)
         if choice:
             seen = of(mine, variant=variant, split="test", learning_rate=choice[0], alpha=choice[1])
@@ -79,13 +85,18 @@ def cases(
 
 def tries(variant: str, tried: Sequence[Run]) -> list[tuple[float, float]]:
     """Pairs of learning rate and share to try on the dev split, as far as they are known."""
-    first = [(rate, 0.5) for rate in RATES]
-    if not has_share(variant):
-        return first + [(rate, 0.5) for rate in MORE_RATES]
-    known = [run for run in tried if (run.learning_rate, run.alpha) in first]
-    if len(known) < len(first):
+    rates = [*RATES[1:3]]
+    known = {run.learning_rate: run for run in tried if run.alpha == 0.5}
+    if all(rate in known for rate in rates):
+        lower = best([known[rate] for rate in rates]).learning_rate == rates[0]
+        rates.append(RATES[0] if lower else RATES[3])
+    first = [(rate, 0.5) for rate in rates]
+    if len(first) < 3 or rates[2] not in known:
         return first
-    return first + [(best(known).learning_rate, share) for share in SHARES]
+    top = best([known[rate] for rate in rates]).learning_rate
+    if has_share(variant):
+        return first + [(top, share) for share in SHARES]
+    return first + [(float(f"{top * factor:g}"), 0.5) for factor in FINER]
 
 
 def chosen(tried: Sequence[Run]) -> tuple[float, float] | None:

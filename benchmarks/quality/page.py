@@ -10,9 +10,10 @@ from pathlib import Path
 from benchmarks.quality.settings import (
     ABLATIONS,
     BATCH,
+    FINER,
     MAIN,
     MAX_TOKENS,
-    MORE_RATES,
+    OURS,
     RATES,
     REGIMES,
     SEEDS,
@@ -61,8 +62,9 @@ def tables(runs: Sequence[Run], settings: Sequence[str], regimes: Sequence[str])
                 title = f"{SETTINGS[setting].title}: {REGIMES[regime].title}"
                 parts.append(f"### {title}\n\n{_table(found, [*MAIN])}")
                 if of_ablations := [run for run in found if run.variant in ABLATIONS]:
-                    names = ["cross-entropy", "paper", "boundary", *ABLATIONS]
-                    both = [*of_ablations, *(r for r in found if r.variant in names[:3])]
+                    names = ["cross-entropy", *OURS, *ABLATIONS]
+                    parents = [run for run in found if run.variant in names[: 1 + len(OURS)]]
+                    both = [*of_ablations, *parents]
                     parts.append(f"#### Ablations\n\n{_table(both, names)}")
     return "\n\n".join(parts)
 
@@ -109,13 +111,12 @@ def verdicts(runs: Sequence[Run]) -> str:
     """Where a recipe of ours is below every other method by two standard errors, and where not."""
     lines = ["| setting | methods so far | best of ours | next best | difference | beyond two "
              "standard errors |", "|---|---|---|---|---|---|"]  # fmt: skip
-    ours = [name for name in MAIN if name.startswith(("paper", "boundary"))]
     for setting in SETTINGS:
         for regime in REGIMES:
             found = of(runs, setting=setting, regime=regime, split="test")
             groups = {name: of(found, variant=name) for name in MAIN}
-            mine = {name: groups[name] for name in ours if groups[name]}
-            rest = {n: g for n, g in groups.items() if g and n not in ours}
+            mine = {name: groups[name] for name in OURS if groups[name]}
+            rest = {n: g for n, g in groups.items() if g and n not in OURS}
             if not mine or not rest:
                 continue
             best = min(mine, key=lambda name: _key(mine[name]))
@@ -146,7 +147,7 @@ def write(runs: Sequence[Run]) -> None:
         "rows": f"{TEST}", "batch": f"{BATCH}", "max_tokens": f"{MAX_TOKENS}",
         "rates": ", ".join(f"{rate:g}" for rate in RATES),
         "shares": ", ".join(f"{share:g}" for share in SHARES),
-        "more_rates": ", ".join(f"{rate:g}" for rate in MORE_RATES),
+        "finer": " and ".join(f"{factor:g}" for factor in FINER),
         "seeds": f"{len(SEEDS)}", "runs": f"{len(runs):,}",
         "regimes": "; ".join(f"{r.title}: {r.rows} rows, {r.steps} steps"
                              for r in REGIMES.values()),
@@ -175,10 +176,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         order = sorted(known, key=lambda name: _key(known[name]), reverse=True)
         for row, name in enumerate(order):
             mean, error = mean_and_error([run.bits_per_byte for run in known[name]])
-            own = name.startswith(("paper", "boundary"))
             panel.errorbar(
                 mean, row, xerr=0 if math.isnan(error) else 2 * error, fmt="o", capsize=3,
-                color="#c2410c" if own else "#475569",
+                color="#c2410c" if name in OURS else "#475569",
             )  # fmt: skip
         panel.set_yticks(range(len(order)), order)
         panel.set_title(REGIMES[regime].title, fontsize=10)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sra.objective import SpanLosses
-from sra.side import Side, embedding_of, side_of
+from sra.side import Side, embedding_of, rows_of, side_of
 from sra.vocabulary import SharedVocabulary
 
 
@@ -110,15 +110,10 @@ class Answers(NamedTuple):
 
 def answers(side: Side, offsets: Tensor) -> Answers:
     """What a side says in each sequence. The end of a turn is in no span, and so not among them."""
-    starts, ends = side.spans.unbind(1)
-    lengths = ends - starts
     device = side.spans.device
-    owner = torch.repeat_interleave(
-        torch.arange(len(offsets) - 1, device=device), offsets.diff().to(device)
-    )
-    span = torch.repeat_interleave(torch.arange(len(starts), device=device), lengths)
-    inside = torch.arange(len(span), device=device) - (lengths.cumsum(0) - lengths)[span]
-    rows = starts[span] + inside
+    offsets = offsets.to(device)
+    owner, _ = rows_of(torch.stack([offsets[:-1], offsets[1:]], dim=1))
+    span, rows = rows_of(side.spans)
     keep = ~side.first[rows]
     rows, sequence = rows[keep], owner[span][keep]
     counts = torch.bincount(sequence, minlength=len(offsets) - 1)

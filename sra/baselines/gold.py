@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, Side
+from sra.side import rows_of
 
 ROWS = 64  # whose two distributions are sorted at once: 64 * 150,000 fp32 is 38 MB
 
@@ -93,10 +94,7 @@ class GOLD(Baseline):
         other tokens."""
         starts, ends = spans.unbind(1)
         kept = starts if self.kept == "first" else ends - 1
-        lengths = ends - starts
-        span = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
-        inside = torch.arange(len(span), device=spans.device)
-        rows = (starts - lengths.cumsum(0) + lengths)[span] + inside
+        span, rows = rows_of(spans)
         rows, span = (x[rows != kept[span]] for x in (rows, span))
 
         def observed(states: Tensor, ids: Tensor) -> Tensor:

@@ -1,0 +1,201 @@
+"""A teacher's predictions, spelt in the student's tokens.
+
+Where both tokenizers end a token, the teacher predicts what follows, in tokens of its own. The
+student's tokenizer spells the text of each of them, so they say how likely each of the student's
+tokens is there: as likely as all whose spelling begins with it; and behind that token, which is
+next. Nothing has to be shared, and what the student predicts inside one of the teacher's tokens has
+a target too. (BPM, arXiv 2607.22334, gives the probability of a teacher's token to the longest
+token of the student that is a prefix of its bytes.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sra.model import Head
+from sra.side import Side, rows_of
+from sra.spelling import DEPTH, Trie
+from sra_kernels import span_com, span_kl
+
+ROWS = 128  # whose logits are held at once: 128 * 150,000 fp32 is 77 MB
+
+
+def respelled_kl(
+    student: Side,
+    teacher: Side,
+    offsets: Tensor,
+    spelt: Trie | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Sum over `places` of weight * KL(teacher, respelt || student), fp32 or wider; and, times the
+    number of spans, the mean of the weights where both sides end a token.
+
+    The weight, a constant, is the probability of what has a spelling and goes on behind what the
+    student has said; inside that, the target sums to 1. The student's softmax is over its whole
+    head. Gradient to the student's states, head and bias, formed in the forward pass; linear in
+    what comes from above. Same input, same bits.
+
+    Args:
+        offsets: ``[B + 1]``, the spans of each sequence.
+        spelt: how the student spells the teacher's vocabulary; None if they are one.
+    """
+    at = places(student, teacher, offsets, spelt)
+    shared = []
+
+    def divergence(states: Tensor, head: Head, part: slice) -> Tensor:
+        with torch.no_grad():
+            here = Places(*(x[part] for x in at))
+            target, weight = targets(teacher, here, spelt, temperature, len(head.weight))
+            shared.append(weight[here.nodes == 0])
+        options: Any = {"temperature": temperature, "direction": "forward"}
+        return (weight * span_kl(head.logits(states), temperature * target.log(), **options)).sum()
+
+    total = sum_by_chunks(divergence, student.hidden[at.rows], student.head)
+    if not shared:
+        return total, total.detach()
+    return total, torch.cat(shared).mean() * len(student.spans)
+
+
+class Places(NamedTuple):
+    """Where the student predicts something for which the teacher has a target; each ``[P]``.
+
+    rows, others: of the states of student and teacher.
+    nodes: what the student has said already of the teacher's next token; 0: nothing.
+    """
+
+    rows: Tensor
+    others: Tensor
+    nodes: Tensor
+
+
+def places(student: Side, teacher: Side, offsets: Tensor, spelt: Trie | None) -> Places:
+    """The start of each span; what follows the last one of each sequence; and, inside a span, what
+    goes on as long as the student spells the first of the teacher's tokens there."""
+    known = ~(student.first[student.spans[:, 0]] | teacher.first[teacher.spans[:, 0]])
+    own, other = student.spans[known], teacher.spans[known]
+    last = offsets[1:][offsets.diff() > 0].to(own.device) - 1
+    root = torch.zeros_like(own[:, 0])
+    found = [
+        Places(own[:, 0] - 1, other[:, 0] - 1, root),
+        Places(student.spans[last, 1] - 1, teacher.spans[last, 1] - 1, torch.zeros_like(last)),
+    ]
+    if spelt is not None:
+        row, stop, at, node = own[:, 0], own[:, 1] - 1, other[:, 0] - 1, root
+        ids = teacher.ids[other[:, 0]]
+        rank = torch.where(
+            ids < len(spelt.rank), spelt.rank[ids.clamp(max=len(spelt.rank) - 1)], -1
+        )
+        for _ in range(DEPTH - 1):
+            child, there = spelt.child(node, student.ids[row])
+            there &= row < stop
+            row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, child + 1))
+            # Those of the teacher's tokens that end here stand before those that go on.
+            low = spelt.ranges[spelt.first[node].clamp(max=len(spelt.ranges) - 1), 0]
+            high = spelt.ranges[node - 1, 1]
+            there = (spelt.first[node + 1] > spelt.first[node]) & (low <= rank) & (rank < high)
+            row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, node))
+            if not len(row):
+                break
+            found.append(Places(row, at, node))
+            row = row + 1
+    every = Places(*(torch.cat(x) for x in zip(*found, strict=True)))
+    # In the order of the text, so that those of one state of the teacher are neighbours.
+    order = every.rows.argsort()
+    return Places(*(x[order] for x in every))
+
+
+def targets(
+    teacher: Side, at: Places, spelt: Trie | None, temperature: float, size: int
+) -> tuple[Tensor, Tensor]:
+    """``[P, size]``, probabilities of the student's tokens up to a factor; and weights ``[P]``."""
+    others, which = at.others.unique_consecutive(return_inverse=True)
+    chances = (teacher.head.logits(teacher.hidden[others]) / temperature).softmax(dim=-1)
+    if spelt is None:
+        return chances[which], chances.new_ones(len(which))
+    target = chances.new_zeros(len(which), size)
+    # Transposed and in order of their spellings, what begins alike is a span of rows.
+    top = spelt.first[1]
+    sums = _span_sums(chances.T[spelt.entries], spelt.ranges[:top])
+    target[:, spelt.tokens[:top]] = sums.T[which]
+    weight = target.sum(dim=1)
+    inside = at.nodes.nonzero().flatten()
+    if len(inside):
+        nodes = at.nodes[inside]
+        place, child = rows_of(torch.stack([spelt.first[nodes], spelt.first[nodes + 1]], dim=1))
+        ranges = torch.cat([spelt.ranges[nodes - 1], spelt.ranges[child]])
+        owner, entry = rows_of(ranges)
+        row = which[inside][torch.cat([torch.arange(len(nodes), device=place.device), place])]
+        ends = (ranges[:, 1] - ranges[:, 0]).cumsum(0)
+        spans = torch.stack([ends - ranges[:, 1] + ranges[:, 0], ends], dim=1)
+        sums = _span_sums(chances[row[owner], spelt.entries[entry]][:, None], spans)[:, 0]
+        whole, parts = sums.split([len(nodes), len(place)])
+        target[inside] = 0
+        target[inside[place], spelt.tokens[child]] = parts
+        tiny = torch.finfo(whole.dtype).tiny
+        weight[inside] = target[inside].sum(dim=1) / whole.clamp(min=tiny)
+    return target, weight
+
+
+def _span_sums(values: Tensor, spans: Tensor) -> Tensor:
+    """The sum of each span of rows."""
+    mean, _ = span_com(values, spans)
+    return mean * (spans[:, 1] - spans[:, 0])[:, None]
+
+
+def sum_by_chunks(
+    part: Callable[[Tensor, Head, slice], Tensor], states: Tensor, head: Head
+) -> Tensor:
+    """Sum of `part` over chunks of `ROWS` states. Their gradients are formed at once, so that
+    nothing as wide as a vocabulary outlives its chunk."""
+    return _SumByChunks.apply(part, states, head.weight, head.bias, head)
+
+
+class _SumByChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Callable[[Tensor, Head, slice], Tensor],
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+    ) -> Tensor:
+        inputs, wanted = (states, weight, bias), ctx.needs_input_grad[1:4]
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        total = states.new_zeros((), dtype=dtype)
+        grads = [
+            torch.zeros_like(x, dtype=dtype) if x is not None and want else None
+            for x, want in zip(inputs, wanted, strict=True)
+        ]
+        for start in range(0, len(states), ROWS):
+            here = slice(start, start + ROWS)
+            rows = states[here].detach().requires_grad_(wanted[0])
+            own = head._replace(
+                weight=weight.detach().requires_grad_(wanted[1]),
+                bias=None if bias is None else bias.detach().requires_grad_(wanted[2]),
+            )
+            with torch.set_grad_enabled(any(wanted)):
+                value = part(rows, own, here)
+            total += value.detach()
+            leaves = [x for x in (rows, *own[:2]) if isinstance(x, Tensor) and x.requires_grad]
+            found = iter(torch.autograd.grad(value, leaves) if leaves else ())
+            for grad, place in zip(grads, (here, slice(None), slice(None)), strict=True):
+                if grad is not None:
+                    grad[place] += next(found)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [
+            None if grad is None else (above * grad).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, *grads, None
