@@ -32,7 +32,7 @@ class SRAConfig(TrainingArguments):
 
     recipe: str = field(
         default="boundary",
-        metadata={"help": 'The objective: "cross-entropy", "paper", "boundary".'},
+        metadata={"help": 'The objective: "cross-entropy", "paper", "boundary", "respell".'},
     )
     method: str = field(
         default="sra",
@@ -49,9 +49,11 @@ class SRAConfig(TrainingArguments):
     logit: float | None = field(default=None, metadata={"help": "Weight of the logit term."})
     logit_state: str | None = field(default=None, metadata={"help": '"com" or "end".'})
     outside: str | None = field(
-        default=None, metadata={"help": '"renormalise", "weight" or "bucket".'}
+        default=None, metadata={"help": '"renormalise", "weight", "bucket" or "respell".'}
     )
-    normaliser: str | None = field(default=None, metadata={"help": '"sequences" or "spans".'})
+    normaliser: str | None = field(
+        default=None, metadata={"help": '"sequences", "spans" or "tokens".'}
+    )
     pooling: str | None = field(
         default=None, metadata={"help": 'Of the states of a span: "attention" or "mean".'}
     )

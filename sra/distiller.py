@@ -39,8 +39,8 @@ SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets")
 class DistillerOutput(ModelOutput):
     """Each term as it enters `loss`, before its weight: see `sra.objective`.
 
-    shared_mass: the teacher's probability of the shared vocabulary, mean over spans; None for
-        outside="renormalise", which does not compute it.
+    shared_mass: the teacher's probability of the shared vocabulary, or of what the student can
+        spell, mean over spans; None for outside="renormalise", which does not compute it.
     coverage: share of the trained text's bytes inside spans.
     agreement: share of a sample of spans at whose ends student and teacher have the same most
         likely entry of the shared vocabulary; None unless `SpanDistiller.agreement_spans` is set.

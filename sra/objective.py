@@ -178,7 +178,8 @@ class LayerPair(NamedTuple):
 class SpanLosses(NamedTuple):
     """Sums, not means: the caller divides by the counts of the whole optimiser step.
 
-    shared_mass: the teacher's probability of the shared vocabulary, where `outside` computes it.
+    shared_mass: the teacher's probability of the shared vocabulary, or of what the student can
+        spell, where `outside` computes it.
     """
 
     cosine: Tensor

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality.settings import (
     ABLATIONS,
+    ANSWER,
     BATCH,
     FINER,
     MAIN,
@@ -20,6 +23,7 @@ from benchmarks.quality.settings import (
     SETTINGS,
     SHARES,
     TEST,
+    TRIES,
 )
 from benchmarks.quality.table import Run, of
 
@@ -107,6 +111,48 @@ def _cell(value: tuple[float, float], digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
+def overview(runs: Sequence[Run]) -> str:
+    """Bits per byte of every method in every setting and regime that has runs; the best in bold."""
+    columns = []
+    for setting, regime in itertools.product(SETTINGS, REGIMES):
+        found = of(runs, setting=setting, regime=regime, split="test")
+        groups = {name: _bits(of(found, variant=name)) for name in MAIN}
+        if any(values for values in groups.values()):
+            columns.append((setting, regime, groups))
+    if not columns:
+        return "*Nothing has been measured yet.*"
+    titles = [f"{SETTINGS[setting].title}: {regime}" for setting, regime, _ in columns]
+    lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    for name in MAIN:
+        cells = []
+        for _, _, groups in columns:
+            means = [mean_and_error(values)[0] for values in groups.values()]
+            least = min(mean for mean in means if not math.isnan(mean))
+            cell = _cell(mean_and_error(groups[name]), 3)
+            if mean_and_error(groups[name])[0] == least:
+                mean, *error = cell.split(" ", 1)
+                cell = " ".join([f"**{mean}**", *error])
+            cells.append(cell)
+        if set(cells) != {"–"}:
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _bits(runs: Sequence[Run]) -> list[float]:
+    return [run.bits_per_byte for run in runs]
+
+
+def by_share(runs: Sequence[Run], variant: str) -> dict[float, float]:
+    """Bits per byte on the dev split for each share of cross-entropy, at the variant's best rate;
+    nothing until all were tried."""
+    tried = of(runs, variant=variant, split="dev")
+    for rate in sorted({run.learning_rate for run in tried}):
+        found = {run.alpha: run.bits_per_byte for run in of(tried, learning_rate=rate)}
+        if len(found) > len(SHARES):
+            return dict(sorted(found.items()))
+    return {}
+
+
 def verdicts(runs: Sequence[Run]) -> str:
     """Where a recipe of ours is below every other method by two standard errors, and where not."""
     lines = ["| setting | methods so far | best of ours | next best | difference | beyond two "
@@ -143,15 +189,20 @@ def write(runs: Sequence[Run]) -> None:
             file = f"evidence-{setting}.svg"
             draw(found, DOCS / file)
             pictures.append(f"![{SETTINGS[setting].title}]({file})")
+    if any(by_share(runs, name) for name in MAIN):
+        draw_shares(runs, DOCS / "evidence-shares.svg")
+        pictures.append("![The share of cross-entropy](evidence-shares.svg)")
     facts = {
         "rows": f"{TEST}", "batch": f"{BATCH}", "max_tokens": f"{MAX_TOKENS}",
-        "rates": ", ".join(f"{rate:g}" for rate in RATES),
+        "middle": f"{RATES[1]:g} and {RATES[2]:g}", "ends": f"{RATES[0]:g} and {RATES[3]:g}",
+        "tries": f"{TRIES}", "answer": f"{ANSWER}",
         "shares": ", ".join(f"{share:g}" for share in SHARES),
         "finer": " and ".join(f"{factor:g}" for factor in FINER),
         "seeds": f"{len(SEEDS)}", "runs": f"{len(runs):,}",
         "regimes": "; ".join(f"{r.title}: {r.rows} rows, {r.steps} steps"
                              for r in REGIMES.values()),
-        "verdicts": verdicts(runs), "pictures": "\n\n".join(pictures),
+        "verdicts": verdicts(runs), "overview": overview(runs),
+        "pictures": "\n\n".join(pictures),
         "tables": tables(runs, [*SETTINGS], [*REGIMES]),
     }  # fmt: skip
     text = TEXT.read_text()
@@ -160,14 +211,19 @@ def write(runs: Sequence[Run]) -> None:
     PAGE.write_text(text.rstrip() + "\n")
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Mean and two standard errors of each method, a panel for each regime."""
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "sra"  # the same picture for the same runs
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Mean and two standard errors of each method, a panel for each regime."""
+    pyplot = _pyplot()
     regimes = [name for name in REGIMES if of(runs, regime=name)]
     figure, panels = pyplot.subplots(1, len(regimes), figsize=(5 * len(regimes), 4), squeeze=False)
     for panel, regime in zip(panels[0], regimes, strict=True):
@@ -184,6 +240,35 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         panel.set_title(REGIMES[regime].title, fontsize=10)
         panel.set_xlabel("held-out bits per byte (less is better)")
         panel.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw_shares(runs: Sequence[Run], path: Path) -> None:
+    """How much each method minds its share of cross-entropy, a panel for each setting."""
+    pyplot = _pyplot()
+    cells = [
+        (setting, regime, found)
+        for setting, regime in itertools.product(SETTINGS, REGIMES)
+        if any(by_share(found := of(runs, setting=setting, regime=regime), name) for name in MAIN)
+    ]
+    figure, panels = pyplot.subplots(
+        1, len(cells), figsize=(4 * len(cells), 3.5), squeeze=False
+    )  # fmt: skip
+    for panel, (setting, regime, found) in zip(panels[0], cells, strict=True):
+        for name in MAIN:
+            if curve := by_share(found, name):
+                own = name in OURS
+                panel.plot(
+                    [*curve], [*curve.values()], marker="o", markersize=3, label=name,
+                    linewidth=2 if own else 1, alpha=1 if own else 0.6,
+                )  # fmt: skip
+        panel.set_title(f"{SETTINGS[setting].title}: {regime}", fontsize=10)
+        panel.set_xlabel("share of cross-entropy, alpha")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("dev bits per byte, at the best rate")
+    panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -16,13 +16,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.quality.settings import (
+    ANSWER,
+    ANSWERED,
     BATCH,
+    BETA2,
     DEV,
     MAX_TOKENS,
     OTHER,
     REGIMES,
     TEST,
     VARIANTS,
+    WARMUP,
     Regime,
     Setting,
 )
@@ -46,7 +50,6 @@ from sra.precision import faster_dtype
 from sra.progress import peak_gib, reset_peak
 
 Row = dict[str, Any]
-ANSWERED, ANSWER = 16, 64  # test rows that are answered for ROUGE-L, in so many tokens
 SPLITS = {"dev": slice(0, DEV), "test": slice(DEV, DEV + TEST)}
 
 
@@ -105,7 +108,8 @@ class Bench:
         scratch = Path(tempfile.mkdtemp(prefix="sra-quality-"))
         config = SRAConfig(
             output_dir=str(scratch), max_steps=regime.steps, per_device_train_batch_size=BATCH,
-            learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=regime.steps // 10,
+            learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=regime.steps // WARMUP,
+            adam_beta2=BETA2,
             max_length=2 * MAX_TOKENS, seed=seed, data_seed=seed, bf16=self.dtype == torch.bfloat16,
             use_cpu=not torch.accelerator.is_available(), save_strategy="no", report_to="none",
             logging_steps=regime.steps, agreement_spans=0, disable_tqdm=True, **options,

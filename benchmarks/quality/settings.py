@@ -30,30 +30,10 @@ SMOL, QWEN, GEMMA = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct", "Gem
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting(
-            "prune-qwen", "Pruned to 16 layers, from Qwen", SMOL, QWEN, 16, "en", "zh", "prune-qwen"
-        ),
-        Setting(
-            "prune-gemma",
-            "Pruned to 16 layers, from Gemma",
-            SMOL,
-            GEMMA,
-            16,
-            "en",
-            "zh",
-            "prune-qwen",
-        ),
-        Setting("chinese", "A new language, from Qwen", SMOL, QWEN, None, "zh", "en", "chinese"),
-        Setting(
-            "same",
-            "One tokenizer: from its unpruned self",
-            SMOL,
-            SMOL,
-            16,
-            "en",
-            "zh",
-            "prune-qwen",
-        ),
+        Setting("prune-qwen", "Pruned, from Qwen", SMOL, QWEN, 16, "en", "zh", "prune-qwen"),
+        Setting("prune-gemma", "Pruned, from Gemma", SMOL, GEMMA, 16, "en", "zh", "prune-qwen"),
+        Setting("chinese", "New language, from Qwen", SMOL, QWEN, None, "zh", "en", "chinese"),
+        Setting("same", "Pruned, from its whole self", SMOL, SMOL, 16, "en", "zh", "prune-qwen"),
     )
 }
 
@@ -77,7 +57,11 @@ REGIMES = {
 }
 
 BATCH = 4
+# Of so few steps. With a tenth of them for warm-up and beta2 = 0.999, the three seeds of
+# cross-entropy at its best rate gave 1.76, 1.82 and 2.12 bits per byte; so, 1.69, 1.72 and 1.73.
+WARMUP, BETA2 = 4, 0.95  # a quarter
 DEV, TEST, OTHER = 24, 48, 24  # rows
+ANSWERED, ANSWER = 16, 64  # test rows that are answered for ROUGE-L, in so many tokens
 MAX_TOKENS = 128  # rows are chosen to fit, so that a step takes seconds on two cores
 SEEDS = (1, 2, 3)
 DEV_SEED = 0
@@ -88,9 +72,9 @@ Options = dict[str, Any]
 MAIN: dict[str, Options] = {
     "cross-entropy": {"recipe": "cross-entropy"},
     "respell": {"recipe": "respell"},
+    "alm": {"method": "alm"},
     "boundary": {"recipe": "boundary"},
     "paper": {"recipe": "paper"},
-    "alm": {"method": "alm"},
     "gold-bayesian": {"method": "gold-bayesian"},
     "simple-ctkd": {"method": "simple-ctkd"},
     "dskd-eta": {"method": "dskd-eta"},

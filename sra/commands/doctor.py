@@ -10,7 +10,7 @@ from typing import Any
 
 from sra.commands import MODEL
 
-RECIPES = ("boundary", "paper", "cross-entropy")
+RECIPES = ("respell", "boundary", "paper", "cross-entropy")
 
 
 def add(commands: Any) -> None:

@@ -349,8 +349,8 @@ def vocabularies(
             return [
                 Finding(
                     "warning", topic, text,
-                    "Its target inside the shared entries is noise then: use --outside weight, as "
-                    "the boundary recipe does, or bucket.",
+                    "Its target inside the shared entries is noise then: use the respell recipe, "
+                    "or --outside weight, as the boundary recipe does, or bucket.",
                 )
             ]  # fmt: skip
         return [Finding("note", topic, text)]

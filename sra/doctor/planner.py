@@ -20,6 +20,7 @@ import torch
 
 from sra.doctor.workload import Shape, Work, count_parameters, trace
 from sra.objective import RECIPES, Objective
+from sra.respelling import ROWS as CHUNK
 from sra_kernels import explain, linear_span_kl
 
 GEMM_BUDGET = 2.0  # seconds that measuring the products may take
@@ -297,22 +298,29 @@ class Heads:
         moved = 10.0 * logits
         self.exponentials = 2.0 * labels * rows
         if theirs is not None and objective.logit and spans:
-            our_rows, their_rows = rows, theirs.vocab_size
-            if shared is not None and objective.outside != "bucket":
-                our_rows = shared
-            if shared is not None and objective.outside == "renormalise":
-                their_rows = shared
-            plan = self._plan(objective, ours, theirs, spans, shared, dtype)
-            self.forward = plan.peak_bytes
+            our_rows, their_rows, places = rows, theirs.vocab_size, spans
+            if objective.outside == "respell":
+                places = max(labels, spans)
+                # Of a chunk: logits, softmax and its transpose; logits, target, its logarithm and
+                # two gradients. And the head's gradient, with that of the chunk.
+                wide = 4.0 * min(places, CHUNK) * (3 * their_rows + 5 * our_rows)
+                self.forward = wide + 2 * gradient
+            else:
+                if shared is not None and objective.outside != "bucket":
+                    our_rows = shared
+                if shared is not None and objective.outside == "renormalise":
+                    their_rows = shared
+                plan = self._plan(objective, ours, theirs, spans, shared, dtype)
+                self.forward = plan.peak_bytes
             # Its gradients are made in the forward and wait; in the backward they are put in place.
-            waiting = 4.0 * (our_rows + spans) * width
+            waiting = 4.0 * (our_rows + places) * width
             self.backward += waiting + gradient
-            gemms[spans, our_rows, width] += 1
+            gemms[places, our_rows, width] += 1
             gemms[spans, their_rows, theirs.hidden_size] += 1
-            gemms[spans, width, our_rows] += 1
-            gemms[our_rows, width, spans] += 1
-            moved += 4.0 * spans * (3 * our_rows + their_rows) + 3 * gradient
-            self.exponentials += 2.0 * spans * (our_rows + their_rows)
+            gemms[places, width, our_rows] += 1
+            gemms[our_rows, width, places] += 1
+            moved += 4.0 * (3 * places * our_rows + spans * their_rows) + 3 * gradient
+            self.exponentials += 2.0 * (places * our_rows + spans * their_rows)
         self.work = Work(gemms, moved, 60)
 
     @staticmethod

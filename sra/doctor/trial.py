@@ -103,6 +103,9 @@ def _findings(
     ]
     if "shared_mass" in mean:
         low = mean["shared_mass"] < MUCH_MASS_LOST
+        what = "the shared vocabulary"
+        if objective.outside == "respell":
+            what = "what the student can spell"
         found.append(
             Finding(
                 "warning"
@@ -111,10 +114,10 @@ def _findings(
                 if low
                 else "ok",
                 "shared mass",
-                f"the teacher gives the shared vocabulary {mean['shared_mass']:.1%} of its "
-                "probability",
-                "Weigh it, as the boundary recipe does (--outside weight), or use bucket."
-                if low
+                f"the teacher gives {what} {mean['shared_mass']:.1%} of its probability",
+                "Use the respell recipe; or weigh it, as the boundary recipe does "
+                "(--outside weight), or use bucket."
+                if low and objective.outside != "respell"
                 else "",
             )
         )

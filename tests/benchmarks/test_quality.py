@@ -10,12 +10,17 @@ import pytest
 from benchmarks.quality import page
 from benchmarks.quality.__main__ import best, cases
 from benchmarks.quality.settings import (
-    MORE_RATES,
+    ABLATIONS,
+    FINER,
+    MAIN,
+    OURS,
+    PARENTS,
     RATES,
     REGIMES,
     SEEDS,
     SETTINGS,
     SHARES,
+    TRIES,
     VARIANTS,
 )
 from benchmarks.quality.table import Run, append, read
@@ -43,35 +48,57 @@ def sweep(score, variants, **options):
 
 
 def test_rates_then_shares_then_seeds():
+    """The two rates in the middle, the one beyond the better of them, and shares at the best."""
+
     def score(case):
         return abs(case[4] - 1e-3) + abs(case[5] - 0.8)
 
     done = sweep(score, ["paper"])
     dev = [(run.learning_rate, run.alpha) for run in done if run.split == "dev"]
-    assert dev == [*((rate, 0.5) for rate in RATES), *((1e-3, share) for share in SHARES)]
+    rates = RATES[1], RATES[2], RATES[3]
+    assert dev == [*((rate, 0.5) for rate in rates), *((1e-3, share) for share in SHARES)]
     test = [(run.learning_rate, run.alpha, run.seed) for run in done if run.split == "test"]
     assert test == [(1e-3, 0.8, seed) for seed in SEEDS]
 
 
-def test_every_method_is_tried_as_often():
-    for variant in ("cross-entropy", "seqkd", "uld"):
-        done = sweep(lambda case: case[4], [variant])
-        assert sum(run.split == "dev" for run in done) == 6
-    rates = {run.learning_rate for run in sweep(lambda case: case[4], ["cross-entropy"])}
-    assert rates == {*RATES, *MORE_RATES}
+@pytest.mark.parametrize("variant", MAIN)
+def test_every_method_is_tried_as_often(variant):
+    done = sweep(lambda case: case[4], [variant])
+    dev = [run for run in done if run.split == "dev"]
+    assert len(dev) == len({(run.learning_rate, run.alpha) for run in dev}) == TRIES
+
+
+def test_cross_entropy_has_more_rates_instead_of_shares():
+    rates = [run.learning_rate for run in sweep(lambda case: case[4], ["cross-entropy"])]
+    assert rates[:TRIES] == [3e-4, 1e-3, 1e-4, *(round(1e-4 * x, 8) for x in FINER)]
+    assert set(rates[TRIES:]) == {min(rates)}
 
 
 def test_a_run_that_diverged_is_never_the_best():
-    done = sweep(lambda case: math.nan if case[4] == 1e-4 else 1.0, ["alm"])
+    done = sweep(lambda case: math.nan if case[4] == 1e-4 else case[4], ["alm"])
     assert best(done).learning_rate == 3e-4
     assert all(run.learning_rate == 3e-4 for run in done if run.split == "test")
 
 
 def test_an_ablation_takes_what_was_chosen_for_its_recipe():
     done = sweep(lambda case: case[4], ["paper: logit"])
-    assert [run.variant for run in done] == ["paper"] * 6 + ["paper: logit"] * 3
-    assert {(run.learning_rate, run.alpha) for run in done[6:]} == {(1e-4, 0.5)}
+    assert [run.variant for run in done] == ["paper"] * TRIES + ["paper: logit"] * 3
+    assert {(run.learning_rate, run.alpha) for run in done[TRIES:]} == {(1e-4, 0.5)}
     assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"], False)] == []
+    assert set(PARENTS) == set(ABLATIONS)
+    assert set(PARENTS.values()) <= set(OURS)
+
+
+def test_settings_of_one_student_share_what_was_chosen():
+    done = sweep(lambda case: case[4], ["uld"])
+    more = [*cases(done, ["prune-gemma"], [REGIMES["fresh"]], ["uld"], False)]
+    assert [(case[0], case[3]) for case in more] == [("prune-gemma", "test")] * len(SEEDS)
+    assert {case[4] for case in more} == {1e-4}
+    for setting in SETTINGS.values():
+        other = SETTINGS[setting.tuned_on]
+        assert (other.student, other.layers, other.language) == (
+            setting.student, setting.layers, setting.language,
+        )  # fmt: skip
 
 
 def test_small_runs_each_method_once():
@@ -112,7 +139,10 @@ def runs_of(bits):
 
 def test_the_verdict_asks_for_two_standard_errors():
     sure = runs_of({"cross-entropy": [1.5, 1.52, 1.51], "boundary": [1.4, 1.42, 1.41]})
-    assert "| 2 of 14 | boundary | cross-entropy | 0.1000 ± 0.0000 | yes |" in page.verdicts(sure)
+    assert (
+        f"| 2 of {len(MAIN)} | boundary | cross-entropy | 0.1000 ± 0.0000 | yes |"
+        in page.verdicts(sure)
+    )
     unsure = runs_of({"cross-entropy": [1.5, 1.4, 1.6], "paper": [1.4, 1.5, 1.5]})
     assert page.verdicts(unsure).endswith("| no |")
     worse = runs_of({"uld": [1.0, 1.0, 1.0], "paper": [1.4, 1.4, 1.4]})
@@ -129,6 +159,24 @@ def test_the_table_is_in_order_and_marks_what_diverged():
     assert [line.split(" | ")[0] for line in table[-3:]] == ["| cross-entropy", "| paper", "| uld"]
     assert "| -0.1000 ± 0.0000 |" in table[-2]
     assert table[-1].startswith("| uld | – |")
+
+
+def test_the_overview_has_a_column_for_each_setting_and_marks_its_best():
+    runs = runs_of({"cross-entropy": [1.5, 1.6, 1.55], "uld": [1.4, 1.42, 1.41]})
+    lines = page.overview(runs).splitlines()
+    assert lines[0].count("|") == 3  # none for settings without a run
+    assert lines[2:] == [
+        "| cross-entropy | 1.550 ± 0.029 |",
+        "| uld | **1.410** ± 0.006 |",
+    ]
+    assert page.overview([]) == "*Nothing has been measured yet.*"
+
+
+def test_the_curves_of_the_shares_are_of_the_dev_split(tmp_path):
+    done = sweep(lambda case: 1 + case[4] + abs(case[5] - 0.8), ["paper", "boundary"])
+    assert page.by_share(done, "paper") == pytest.approx({0.2: 1.6001, 0.5: 1.3001, 0.8: 1.0001})
+    page.draw_shares(done, tmp_path / "shares.svg")
+    assert (tmp_path / "shares.svg").stat().st_size > 1000
 
 
 def test_the_page(tmp_path, monkeypatch):

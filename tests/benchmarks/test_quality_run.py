@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.quality import __main__ as sweep
 from benchmarks.quality import run
-from benchmarks.quality.settings import Regime, Setting
+from benchmarks.quality.settings import TRIES, Regime, Setting
 from benchmarks.quality.table import read
 from tests import tiny
 
@@ -26,10 +26,10 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "TEST", 6)
     monkeypatch.setattr(run, "ANSWERED", 2)
     monkeypatch.setattr(run, "MAX_TOKENS", 100)
-    return Setting("tiny", "A tiny pair", str(student), str(teacher), 2, "en", "zh")
+    return Setting("tiny", "A tiny pair", str(student), str(teacher), 2, "en", "zh", "tiny")
 
 
-@pytest.mark.parametrize("variant", ["cross-entropy", "seqkd", "dskd", "boundary + likelihood"])
+@pytest.mark.parametrize("variant", ["cross-entropy", "seqkd", "dskd", "respell + likelihood"])
 def test_a_run_is_measured(setting, tmp_path, variant):
     bench = run.Bench(setting, tmp_path / "runs")
     made = bench.run(variant, REGIME, "test", rate=1e-3, alpha=0.5, seed=1)
@@ -86,7 +86,7 @@ def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     assert "The same command goes on" in capsys.readouterr().out
     sweep.main(command)
     done = read(file)
-    assert [one.split for one in done] == ["dev"] * 6 + ["test"] * 3
+    assert [one.split for one in done] == ["dev"] * TRIES + ["test"] * 3
     before = file.read_bytes()
     sweep.main(command)
     assert file.read_bytes() == before

@@ -30,6 +30,7 @@ from tests import tiny
 from tests.cache.small_caches import relative, sequences, teacher_inputs, write
 
 BOUNDARY, PAPER = recipe("boundary"), recipe("paper", outside="weight")
+RESPELL = recipe("respell")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,9 @@ def test_a_head_with_bias_scale_and_softcap_is_kept(tmp_path):
     assert torch.equal(ours.bias, theirs.bias)
 
 
-@pytest.mark.parametrize("objective", [BOUNDARY, PAPER], ids=["boundary", "paper"])
+@pytest.mark.parametrize(
+    "objective", [BOUNDARY, PAPER, RESPELL], ids=["boundary", "paper", "respell"]
+)
 def test_training_from_it_equals_training_from_the_model(tmp_path, objective):
     teacher = tiny.teacher_model(torch.bfloat16)
     write(tmp_path / "cache", teacher, batch_size=8)
@@ -130,7 +133,9 @@ TOLERANCES = {"bfloat16": (1e-4, 3e-3), "int8": (5e-4, 1e-2)}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("objective", [BOUNDARY, PAPER], ids=["boundary", "paper"])
+@pytest.mark.parametrize(
+    "objective", [BOUNDARY, PAPER, RESPELL], ids=["boundary", "paper", "respell"]
+)
 def test_training_from_a_rounded_teacher_is_within_the_stated_tolerance(tmp_path, dtype, objective):
     teacher = tiny.teacher_model()
     write(tmp_path / "cache", teacher, dtype=dtype)

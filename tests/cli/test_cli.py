@@ -76,7 +76,7 @@ def test_align_without_a_model(pair, capsys, tmp_path):
 # --- distill ---
 
 
-@pytest.mark.parametrize("recipe", ["boundary", "paper", "cross-entropy"])
+@pytest.mark.parametrize("recipe", ["respell", "boundary", "paper", "cross-entropy"])
 def test_distill_from_end_to_end(pair, data, tmp_path, capsys, recipe):
     output = tmp_path / "run"
     argv = [

@@ -22,6 +22,7 @@ ALL = recipe("paper", outside="weight")
 SPAN_RECIPES = {
     "paper": recipe("paper"),
     "boundary": recipe("boundary"),
+    "respell": recipe("respell"),
     "every switch": recipe("paper", logit_state="end", outside="bucket", normaliser="spans"),
 }
 
@@ -86,7 +87,7 @@ def test_gradients_reach_the_student_and_the_projector_alone(batch, objective, t
     assert ("projectors.0.weight" in grads) == (objective.cosine > 0)
 
 
-@pytest.mark.parametrize("name", ["boundary", "cross-entropy"])
+@pytest.mark.parametrize("name", ["boundary", "respell", "cross-entropy"])
 def test_the_gradient_is_that_of_the_loss(batch, name):
     """A step along it changes the loss by what it says: a central difference.
 

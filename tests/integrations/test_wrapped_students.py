@@ -14,6 +14,7 @@ from tests import tiny
 OBJECTIVES = {
     "paper": recipe("paper", outside="weight", gamma=1.0),
     "boundary": recipe("boundary"),
+    "respell": recipe("respell"),
 }
 ROWS = tiny.ROWS[:4]
 

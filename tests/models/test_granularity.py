@@ -48,7 +48,7 @@ def merged(sides, tokenizer, completion, granularity):
     ]
 
 
-@pytest.mark.parametrize("name", ["paper", "boundary"])
+@pytest.mark.parametrize("name", ["paper", "boundary", "respell"])
 @pytest.mark.parametrize("granularity", ENDS)
 def test_terms_are_those_of_the_plain_objective(granularity, name):
     student, teacher = tiny.student_model(torch.float64).eval(), tiny.teacher_model(torch.float64)

@@ -83,7 +83,7 @@ class OfShape(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("objective", ["paper", "boundary"])
+@pytest.mark.parametrize("objective", ["paper", "boundary", "respell"])
 def test_no_gradient_of_a_frozen_head_is_computed(objective):
     made = {}
     for trained in (True, False):

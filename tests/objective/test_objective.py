@@ -207,7 +207,7 @@ def gradient(distiller: SpanDistiller, micro_batches: list[dict[str, Tensor]]) -
 
 
 @pytest.mark.parametrize("pieces", [2, 4, 8])
-@pytest.mark.parametrize("name", ["paper", "boundary", "cross-entropy"])
+@pytest.mark.parametrize("name", ["paper", "boundary", "respell", "cross-entropy"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(small, name, pieces):
     """8 rows of unequal lengths at once, and in 2, 4 and 8 pieces: 1e-12 in float64."""
     pair, _ = small
@@ -231,7 +231,7 @@ def test_one_micro_batch_counts_for_itself(small):
         )
 
 
-@pytest.mark.parametrize("name", ["paper", "boundary"])
+@pytest.mark.parametrize("name", ["paper", "boundary", "respell"])
 def test_a_long_neighbour_changes_nothing(small, name):
     """One row's terms alone, and as their share of a batch that a long row pads out: 1e-12."""
     pair, _ = small
@@ -247,7 +247,7 @@ def test_a_long_neighbour_changes_nothing(small, name):
     assert together.item() == pytest.approx(apart.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["paper", "boundary"])
+@pytest.mark.parametrize("name", ["paper", "boundary", "respell"])
 def test_what_stands_in_the_padding_changes_nothing(small, name):
     pair, _ = small
     distiller = pair.distiller(recipe(name))
@@ -262,7 +262,7 @@ def test_what_stands_in_the_padding_changes_nothing(small, name):
         )
 
 
-@pytest.mark.parametrize("name", ["paper", "boundary"])
+@pytest.mark.parametrize("name", ["paper", "boundary", "respell"])
 def test_attention_implementations_agree(small, name):
     """ "eager" forms its softmax in float32, so 1e-6; "exact" (float64) and "sdpa" to 1e-12."""
     pair, _ = small

@@ -63,7 +63,7 @@ def assert_same(ours, theirs, **tolerance):
         torch.testing.assert_close(ours[name], theirs[name], **tolerance)
 
 
-@pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary"])
+@pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary", "respell"])
 def test_it_learns(tmp_path, recipe):
     run = trainer(tmp_path, recipe=recipe, outside=None, max_steps=8, per_device_train_batch_size=8)
     before = run.evaluate()["eval_bits_per_byte"]
@@ -124,7 +124,7 @@ def test_it_evaluates_while_training(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "boundary"])
+@pytest.mark.parametrize("recipe", ["paper", "boundary", "respell"])
 def test_accumulation_changes_nothing(tmp_path, recipe):
     """8 rows a step as 1, 2 and 4 micro-batches, in float64: the same parameters after 2 steps."""
     ends = []
@@ -249,7 +249,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary"])
+@pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary", "respell"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_ends_where_the_other_does(tmp_path, recipe, accumulate):
     options = {
