@@ -78,6 +78,7 @@ def test_terms_are_those_of_the_plain_objective(granularity, name):
             student_head=student.get_output_embeddings(),
             teacher_head=teacher.get_output_embeddings(),
             projector=next(module.projectors.parameters(), None),
+            spelling=plain.spellings(*tokenizers, tiny.TEACHER_ROWS),
             vocabulary=plain.shared_ids(*tokenizers, tiny.STUDENT_ROWS, tiny.TEACHER_ROWS),
             **options,
         )

@@ -179,6 +179,73 @@ def divergence(
     return mass * value if outside == "weight" else value
 
 
+def spellings(student_tokenizer: Any, teacher_tokenizer: Any, rows: int) -> list[list[int]]:
+    """The student's tokens for each of `rows` ids of the teacher; [] for control tokens and none.
+
+    For byte-level BPE alone. A shared string is itself; a text is what the tokenizer makes of it;
+    a part of a character is cut into the longest strings of the student's, from the left.
+    """
+    ours = student_tokenizer.get_vocab()
+    found: list[list[int]] = [[] for _ in range(rows)]
+    controls = {i for i, t in teacher_tokenizer.added_tokens_decoder.items() if t.special}
+    for token, i in teacher_tokenizer.get_vocab().items():
+        if i >= rows or (token not in ours and i in controls):
+            continue
+        pieces = [token] if token in ours else []
+        text = teacher_tokenizer.convert_tokens_to_string([token])
+        if not pieces and "\ufffd" not in text:
+            pieces = student_tokenizer.tokenize(text)
+        if "".join(pieces) != token:  # some tokenizers lack some bytes
+            pieces = longest(token, ours)
+        found[i] = [ours[piece] for piece in pieces]
+    return found
+
+
+def longest(token: str, vocabulary: Mapping[str, int]) -> list[str]:
+    pieces = []
+    while token:
+        sizes = [n for n in range(1, len(token) + 1) if token[:n] in vocabulary]
+        if not sizes:
+            return []
+        pieces.append(token[: max(sizes)])
+        token = token[max(sizes) :]
+    return pieces
+
+
+def respelt(
+    student: Side,
+    teacher: Side,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spelling: list[list[int]],
+    temperature: float,
+) -> Tensor:
+    """Sum over the places of a sample, one entry of the teacher after the other."""
+    spans = [*zip(student.spans, teacher.spans, strict=True)]
+    places: list[tuple[int, int, list[int]]] = [(a - 1, c - 1, []) for (a, _), (c, _) in spans]
+    places.append((student.spans[-1][1] - 1, teacher.spans[-1][1] - 1, []))
+    for (a, b), (c, _) in spans:
+        whole = spelling[teacher.ids[c]]
+        for n in range(1, min(len(whole), b - a)):
+            if student.ids[a : a + n] != whole[:n]:
+                break
+            places.append((a + n - 1, c - 1, whole[:n]))
+    total = torch.zeros((), dtype=torch.float64)
+    for row, at, said in places:
+        chances = (teacher_logits[at] / temperature).softmax(-1).tolist()
+        reached, target = 0.0, dict[int, float]()
+        for chance, tokens in zip(chances, spelling, strict=True):
+            if tokens[: len(said)] == said:
+                reached += chance
+                if len(tokens) > len(said):
+                    target[tokens[len(said)]] = target.get(tokens[len(said)], 0.0) + chance
+        entries = [*target]
+        p = torch.tensor([target[entry] for entry in entries], dtype=torch.float64)
+        q = (student_logits[row] / temperature).softmax(-1)[entries]
+        total = total + p.sum() / reached * kl(p / p.sum(), q)
+    return total
+
+
 def objective(
     samples: Iterable[tuple[Side, Side]],
     *,
@@ -195,8 +262,9 @@ def objective(
     direction: Literal["forward", "reverse", "jsd"],
     beta: float | None,
     logit_state: Literal["com", "end"],
-    outside: Literal["renormalise", "weight", "bucket"],
-    normaliser: Literal["sequences", "spans"],
+    outside: Literal["renormalise", "weight", "bucket", "respell"],
+    normaliser: Literal["sequences", "spans", "tokens"],
+    spelling: list[list[int]] | None = None,
 ) -> dict[str, Tensor]:
     """The loss of a batch, and its terms before their weights. No projector, no cosine term."""
     samples = list(samples)
@@ -223,6 +291,12 @@ def objective(
             gap = similarity(own[i], own[j]) - similarity(other[i], other[j])
             geometry = geometry + salience[i] * salience[j] / total * gap**2
 
+        if outside == "respell":
+            with torch.no_grad():
+                other = teacher_head(teacher.hidden)
+            own = student_head(student.hidden)
+            kls = kls + respelt(student, teacher, own, other, spelling, temperature)
+            continue
         if logit_state == "end":
             own = [student.hidden[b - 1] for _, b in student.spans]
             other = [teacher.hidden[b - 1] for _, b in teacher.spans]
@@ -236,6 +310,6 @@ def objective(
             )  # fmt: skip
             spans += 1
     ce, cos, geometry = ce / tokens, cos / len(samples), geometry / len(samples)
-    kls = kls / (spans if normaliser == "spans" else len(samples))
+    kls = kls / {"tokens": tokens, "spans": spans, "sequences": len(samples)}[normaliser]
     loss = alpha * ce + (1 - alpha) * (cosine * cos + gamma * geometry + logit * kls)
     return {"loss": loss, "ce": ce, "cosine": cos, "geometry": geometry, "logit": kls}

@@ -60,6 +60,7 @@ class Pair(NamedTuple):
             teacher_head=heads[1],
             projector=next(distiller.projectors.parameters(), None),
             vocabulary=plain.shared_ids(*self.tokenizers, *(len(head.weight) for head in heads)),
+            spelling=plain.spellings(*self.tokenizers, len(heads[1].weight)),
             **{k: v for k, v in asdict(distiller.objective).items() if k not in OTHERS},
         )
 
@@ -123,9 +124,10 @@ def assert_same_loss(pair: Pair, samples: Samples, objective: Objective) -> None
     [
         recipe("paper"),
         recipe("boundary"),
+        recipe("respell"),
         recipe("paper", outside="bucket", alpha=0.3, gamma=7.0, power=0.5, temperature=1.7),
     ],
-    ids=["paper", "boundary", "bucket"],
+    ids=["paper", "boundary", "respell", "bucket"],
 )
 def test_loss_and_gradient_on_the_real_pair(real, objective):
     """SmolLM2-135M's first 3 layers, Qwen2.5-Coder-0.5B's first 2, their whole heads: the loss to
@@ -196,6 +198,13 @@ def test_every_switch(small, logit_state, outside, normaliser, direction):
 )
 def test_every_number(small, changes):
     assert_same_loss(*small, recipe("paper", **changes))
+
+
+@pytest.mark.parametrize("normaliser", ["sequences", "tokens"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_respelling(small, normaliser, temperature):
+    changes = {"normaliser": normaliser, "temperature": temperature, "cosine": 0.5}
+    assert_same_loss(*small, recipe("respell", **changes))
 
 
 def gradient(distiller: SpanDistiller, micro_batches: list[dict[str, Tensor]]) -> list[Tensor]:
