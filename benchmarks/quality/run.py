@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.quality.settings import (
+    ACCIDENTS,
     ANSWER,
     ANSWERED,
     BATCH,
@@ -117,25 +118,14 @@ class Bench:
         rows = self.train_rows(regime)
         if variant == "seqkd":
             rows = self.answered()[: regime.rows]
-        needs_teacher = config.objective().needs_teacher
-        if needs_teacher:  # so that no method pays for what all of them share
-            remember(self.teacher, self.collator, rows)
-        give_back_memory()
-        reset_peak()
-        trainer = SRATrainer(
-            load_model(str(self.start)),
-            self.teacher if needs_teacher else None,
-            config,
-            train_dataset=rows,
-            processing_class=self.tokenizers[0],
-            teacher_processing_class=self.tokenizers[1] if needs_teacher else None,
-        )
+        student = load_model(str(self.start))
+        trainer = self._trainer(variant, student, config, rows)
         trainer.remove_callback(PrinterCallback)
         clock = _Clock()
         trainer.add_callback(clock)
         try:
             trainer.train()
-            found = self._measure(trainer.distiller.student.eval(), split)
+            found = self._measure(student.eval(), split)
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
@@ -150,6 +140,28 @@ class Bench:
             seconds_a_step=clock.seconds / max(clock.steps, 1), peak_gib=peak_gib() or math.nan,
             **found,
         )  # fmt: skip
+
+    def _trainer(self, variant: str, student: Any, config: SRAConfig, rows: list[Row]) -> Trainer:
+        if variant == ACCIDENTS:
+            # Here, for it needs the tests, which an installed package does not have.
+            from benchmarks.quality.accidents import AccidentsTrainer, PaperWithAccidents
+
+            teacher = load_model(self.setting.teacher)
+            model = PaperWithAccidents(student, teacher, self.tokenizers, config)
+            return AccidentsTrainer(model, config, rows)
+        needs_teacher = config.objective().needs_teacher
+        if needs_teacher:  # so that no method pays for what all of them share
+            remember(self.teacher, self.collator, rows)
+        give_back_memory()
+        reset_peak()
+        return SRATrainer(
+            student,
+            self.teacher if needs_teacher else None,
+            config,
+            train_dataset=rows,
+            processing_class=self.tokenizers[0],
+            teacher_processing_class=self.tokenizers[1] if needs_teacher else None,
+        )
 
     def _measure(self, student: Any, split: str) -> dict[str, float]:
         tokenizer = self.tokenizers[0]

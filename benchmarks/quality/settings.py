@@ -87,6 +87,8 @@ MAIN: dict[str, Options] = {
 }
 OURS = ("respell", "boundary", "paper")
 
+ACCIDENTS = "paper: its authors' accidents"  # see accidents.py
+
 # Each from its recipe, by one change or the few that are named.
 ABLATIONS: dict[str, Options] = {
     "paper: logit": {"recipe": "paper", "cosine": 0.0, "gamma": 0.0},
@@ -100,6 +102,7 @@ ABLATIONS: dict[str, Options] = {
     "paper: mass weight": {"recipe": "paper", "outside": "weight"},
     "paper: bucket": {"recipe": "paper", "outside": "bucket"},
     "paper: mean over spans": {"recipe": "paper", "normaliser": "spans"},
+    ACCIDENTS: {"recipe": "paper"},
     "paper: temperature 1": {"recipe": "paper", "temperature": 1.0},
     "paper: gamma 1": {"recipe": "paper", "gamma": 1.0},
     "paper: gamma 10": {"recipe": "paper", "gamma": 10.0},

@@ -8,8 +8,8 @@ import math
 import pytest
 
 from benchmarks.quality import __main__ as sweep
-from benchmarks.quality import run
-from benchmarks.quality.settings import TRIES, Regime, Setting
+from benchmarks.quality import accidents, run
+from benchmarks.quality.settings import ACCIDENTS, TRIES, Regime, Setting
 from benchmarks.quality.table import read
 from tests import tiny
 
@@ -29,7 +29,9 @@ def setting(tmp_path, monkeypatch):
     return Setting("tiny", "A tiny pair", str(student), str(teacher), 2, "en", "zh", "tiny")
 
 
-@pytest.mark.parametrize("variant", ["cross-entropy", "seqkd", "dskd", "respell + likelihood"])
+@pytest.mark.parametrize(
+    "variant", ["cross-entropy", "seqkd", "dskd", "respell + likelihood", ACCIDENTS]
+)
 def test_a_run_is_measured(setting, tmp_path, variant):
     bench = run.Bench(setting, tmp_path / "runs")
     made = bench.run(variant, REGIME, "test", rate=1e-3, alpha=0.5, seed=1)
@@ -62,11 +64,19 @@ def test_every_method_sees_the_same_rows_in_the_same_order(setting, tmp_path, mo
         return original(self, rows)
 
     bench = run.Bench(setting, tmp_path / "runs")
+
+    def remember_questions(tokenizer, prompt):
+        if not seen[-1] or len(seen[-1][-1]) == run.BATCH:
+            seen[-1].append([])
+        seen[-1][-1].append(prompt)
+        return prompt
+
     monkeypatch.setattr(run.SpanCollator, "__call__", remember)
-    for variant in ("cross-entropy", "uld", "paper"):
+    monkeypatch.setattr(accidents, "question", remember_questions)
+    for variant in ("cross-entropy", "uld", "paper", ACCIDENTS):
         seen.append([])
         bench.run(variant, REGIME, "dev", rate=1e-3, alpha=0.5, seed=2)
-    assert [batches[: REGIME.steps] for batches in seen] == [seen[0][: REGIME.steps]] * 3
+    assert [batches[: REGIME.steps] for batches in seen] == [seen[0][: REGIME.steps]] * 4
 
 
 def test_a_run_that_diverges_is_kept_as_one_that_did(setting, tmp_path):

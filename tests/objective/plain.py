@@ -137,7 +137,8 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def centre(side: Side, span: tuple[int, int]) -> Tensor:
     tokens = range(*span)
-    return sum(side.mass[t] * side.hidden[t] for t in tokens) / sum(side.mass[t] for t in tokens)
+    whole = torch.stack([side.mass[t] * side.hidden[t] for t in tokens]).sum(0)
+    return whole / torch.stack([side.mass[t] for t in tokens]).sum()
 
 
 def with_the_rest(probabilities: Tensor, ids: Tensor) -> Tensor:
@@ -174,6 +175,7 @@ def divergence(
     elif direction == "reverse":
         value = kl(q, p)
     else:
+        assert beta is not None
         middle = beta * p + (1 - beta) * q
         value = beta * kl(p, middle) + (1 - beta) * kl(q, middle)
     return mass * value if outside == "weight" else value
@@ -292,6 +294,7 @@ def objective(
             geometry = geometry + salience[i] * salience[j] / total * gap**2
 
         if outside == "respell":
+            assert spelling is not None
             with torch.no_grad():
                 other = teacher_head(teacher.hidden)
             own = student_head(student.hidden)
