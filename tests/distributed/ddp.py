@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from sra import count_items
+from sra import SpanDistiller, count_items
 from tests import tiny
 from tests.distributed import pairs
 
@@ -43,7 +43,15 @@ def micro_batches(rank: int, world: int, folder: Path) -> None:
 
 def routed(rank: int, world: int, folder: Path) -> None:
     """Some ranks have no row for one of the two teachers; the projectors of both get gradients."""
-    module = pairs.distiller(2)
+    _routed(rank, world, pairs.distiller(2))
+
+
+def respelt(rank: int, world: int, folder: Path) -> None:
+    """The same without projectors: the head's gradient is formed in the forward pass."""
+    _routed(rank, world, pairs.distiller(2, objective=pairs.RESPELL))
+
+
+def _routed(rank: int, world: int, module: SpanDistiller) -> None:
     make = pairs.collator(2)
     batch = make(pairs.shares(pairs.ROUTED, rank, world))
     empty = [not teacher["input_ids"].numel() for teacher in batch["teachers"]]
@@ -103,5 +111,5 @@ def accelerate_loop(rank: int, world: int, folder: Path) -> None:
 
 CHECKS = {
     f"ddp: {check.__name__}": check
-    for check in (any_padding, micro_batches, routed, no_spans, accelerate_loop)
+    for check in (any_padding, micro_batches, routed, respelt, no_spans, accelerate_loop)
 }

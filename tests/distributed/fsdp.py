@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from sra import count_items
+from sra import Objective, count_items
 from sra.model import head_of, trunk_of
 from tests import tiny
 from tests.distributed import pairs
@@ -34,6 +34,11 @@ def a_head_with_the_norm(rank: int, world: int, folder: Path) -> None:
     _sharded_student(rank, world, tied=False, head=True, norm=True)
 
 
+def respelt(rank: int, world: int, folder: Path) -> None:
+    """The gradient of the head is formed in the forward pass, and reduced all the same."""
+    _sharded_student(rank, world, tied=False, head=True, objective=pairs.RESPELL)
+
+
 def the_student_alone(rank: int, world: int, folder: Path) -> None:
     """`fully_shard(student)`, resharded after its forward pass; the projectors stay whole."""
     module = pairs.distiller()
@@ -52,9 +57,15 @@ def the_student_alone(rank: int, world: int, folder: Path) -> None:
 
 
 def _sharded_student(
-    rank: int, world: int, *, tied: bool, head: bool = False, norm: bool = False
+    rank: int,
+    world: int,
+    *,
+    tied: bool,
+    head: bool = False,
+    norm: bool = False,
+    objective: Objective = pairs.ALL,
 ) -> None:
-    module = pairs.distiller(tied=tied)
+    module = pairs.distiller(tied=tied, objective=objective)
     loss, want = pairs.alone(module, pairs.collator()(tiny.ROWS))
     for layer in trunk_of(module.student).layers:
         fully_shard(layer)
@@ -139,6 +150,7 @@ CHECKS = {
         untied,
         a_head_of_its_own,
         a_head_with_the_norm,
+        respelt,
         the_student_alone,
         sharded_teacher,
         whole_teacher_sharded,

@@ -12,6 +12,7 @@ from sra import SpanAligner, SpanCollator, SpanDistiller, recipe
 from tests import tiny
 
 ALL = recipe("paper", gamma=2.0, outside="weight", layers=((0, 1, 2.0), (-1, -1, 1.0)))
+RESPELL = recipe("respell")
 NAMES = ["one", "two"]
 # A row goes to the first teacher, to the second, or to both.
 ROUTED = [
@@ -26,7 +27,9 @@ def collator(teachers: int = 1, **options: Any) -> SpanCollator:
     return SpanCollator([aligner] * teachers, max_length=256, teacher_names=names, **options)
 
 
-def distiller(teachers: int = 1, *, tied: bool = True, teacher: Any = None) -> SpanDistiller:
+def distiller(
+    teachers: int = 1, *, tied: bool = True, teacher: Any = None, objective: Any = ALL
+) -> SpanDistiller:
     """The same one, projectors included, whatever was drawn before."""
     given = [tiny.teacher_model(torch.float64, seed=seed) for seed in range(1, 1 + teachers)]
     student = tiny.student_model(torch.float64, tied=tied)
@@ -34,7 +37,7 @@ def distiller(teachers: int = 1, *, tied: bool = True, teacher: Any = None) -> S
     return SpanDistiller(
         student,
         given if teacher is None else teacher,
-        ALL,
+        objective,
         vocabulary=[tiny.vocabulary()] * teachers,
         teacher_weights=[0.5, 1.5][:teachers],
     )
