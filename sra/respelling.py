@@ -22,7 +22,7 @@ from sra.side import Side, rows_of
 from sra.spelling import DEPTH, Trie
 from sra_kernels import span_com, span_kl
 
-ROWS = 128  # whose logits are held at once: 128 * 150,000 fp32 is 77 MB
+ROWS = 256  # whose logits are held at once: 256 * 150,000 fp32 is 154 MB
 
 
 def respelled_kl(
@@ -52,8 +52,9 @@ def respelled_kl(
             here = Places(*(x[part] for x in at))
             target, weight = targets(teacher, here, spelt, temperature, len(head.weight))
             shared.append(weight[here.nodes == 0])
-        options: Any = {"temperature": temperature, "direction": "forward"}
-        return (weight * span_kl(head.logits(states), temperature * target.log(), **options)).sum()
+            said = target.log_().mul_(temperature)
+        kl = span_kl(head.logits(states), said, temperature=temperature, direction="forward")
+        return (weight * kl).sum()
 
     total = sum_by_chunks(divergence, student.hidden[at.rows], student.head)
     if not shared:
@@ -114,14 +115,11 @@ def targets(
 ) -> tuple[Tensor, Tensor]:
     """``[P, size]``, probabilities of the student's tokens up to a factor; and weights ``[P]``."""
     others, which = at.others.unique_consecutive(return_inverse=True)
-    chances = (teacher.head.logits(teacher.hidden[others]) / temperature).softmax(dim=-1)
+    chances = teacher.head.logits(teacher.hidden[others]).div_(temperature).softmax(dim=-1)
     if spelt is None:
         return chances[which], chances.new_ones(len(which))
-    target = chances.new_zeros(len(which), size)
-    # Transposed and in order of their spellings, what begins alike is a span of rows.
-    top = spelt.first[1]
-    sums = _span_sums(chances.T[spelt.entries], spelt.ranges[:top])
-    target[:, spelt.tokens[:top]] = sums.T[which]
+    begin_with = by_first_token if chances.device.type == "cpu" else by_spans_of_entries
+    target = begin_with(chances, spelt, size)[which]
     weight = target.sum(dim=1)
     inside = at.nodes.nonzero().flatten()
     if len(inside):
@@ -139,6 +137,24 @@ def targets(
         tiny = torch.finfo(whole.dtype).tiny
         weight[inside] = target[inside].sum(dim=1) / whole.clamp(min=tiny)
     return target, weight
+
+
+def by_first_token(chances: Tensor, spelt: Trie, size: int) -> Tensor:
+    """``[U, size]``, the probability ``[U, Vt]`` of all entries that begin with each token."""
+    known = min(chances.shape[1], len(spelt.begins))  # heads have more rows than there are tokens
+    begins = spelt.begins[:known]
+    sums = chances.new_zeros(len(chances), size + 1)
+    sums.index_add_(1, torch.where(begins < 0, size, begins), chances[:, :known])
+    return sums[:, :size]
+
+
+def by_spans_of_entries(chances: Tensor, spelt: Trie, size: int) -> Tensor:
+    """The same without atomics, for GPUs: transposed and in the order of their spellings, entries
+    that begin alike are a span of rows."""
+    top = spelt.first[1]
+    sums = chances.new_zeros(len(chances), size)
+    sums[:, spelt.tokens[:top]] = _span_sums(chances.T[spelt.entries], spelt.ranges[:top]).T
+    return sums
 
 
 def _span_sums(values: Tensor, spans: Tensor) -> Tensor:

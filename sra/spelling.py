@@ -24,6 +24,7 @@ class Trie(NamedTuple):
     entries: ``[E]`` ids of the teacher that have a spelling, sorted by it, so that those which
         begin alike are neighbours.
     rank: ``[Vt]`` the place of each id in `entries`, -1 if it has none.
+    begins: ``[Vt]`` the first token of each id's spelling, -1 if it has none.
     keys: ``[C]`` parent * size + token of each child, ascending.
     tokens: ``[C]`` its token.
     ranges: ``[C, 2]`` the part of `entries` whose spelling passes through it, half-open.
@@ -33,6 +34,7 @@ class Trie(NamedTuple):
 
     entries: Tensor
     rank: Tensor
+    begins: Tensor
     keys: Tensor
     tokens: Tensor
     ranges: Tensor
@@ -153,6 +155,7 @@ def trie(table: np.ndarray) -> Trie:
     return Trie(
         entries=torch.from_numpy(order),
         rank=torch.from_numpy(rank),
+        begins=torch.from_numpy(table[:, 0].copy()),
         keys=torch.from_numpy(all_keys),
         tokens=torch.from_numpy(all_keys % size),
         ranges=torch.from_numpy(np.concatenate(ranges)),

@@ -11,7 +11,13 @@ import torch
 from sra import SpanDistiller, recipe, respelling
 from sra.model import Head
 from sra.objective import Objective
-from sra.respelling import places, respelled_kl, targets
+from sra.respelling import (
+    by_first_token,
+    by_spans_of_entries,
+    places,
+    respelled_kl,
+    targets,
+)
 from sra.side import Side
 from sra.spelling import trie
 from tests import tiny
@@ -21,14 +27,14 @@ LETTERS = "abcdef"
 TEXTS = ["a", "ab", "abc", "b", "bc", "ca", "d", "dd", "", "e"]
 
 
-def tree():
-    table = np.full((len(TEXTS), 4), -1)
-    for i, text in enumerate(TEXTS):
+def trie_of(texts):
+    table = np.full((len(texts), 4), -1)
+    for i, text in enumerate(texts):
         table[i, : len(text)] = [LETTERS.index(letter) for letter in text]
     return trie(table)
 
 
-TREE = tree()
+TREE = trie_of(TEXTS)
 
 
 def sides(words, seed=0, bias=False):
@@ -122,6 +128,19 @@ def test_a_target_sums_to_its_weight_and_the_rest_is_not_taught():
     a, ab, abc = (chances[TEXTS.index(text)] for text in ("a", "ab", "abc"))
     torch.testing.assert_close(weight[1], (ab + abc) / (a + ab + abc))
     assert target[1].nonzero().flatten().tolist() == [LETTERS.index("b")]
+
+
+@pytest.mark.parametrize("rows", [len(TEXTS) - 1, len(TEXTS), len(TEXTS) + 3])
+def test_both_ways_of_summing(rows):
+    """Heads have more rows than there are tokens, and some have fewer."""
+    spelt = trie_of(TEXTS[:rows])
+    chances = torch.rand(3, rows, dtype=torch.float64)
+    want = torch.zeros(3, 8, dtype=torch.float64)
+    for i, text in enumerate(TEXTS[:rows]):
+        if text:
+            want[:, LETTERS.index(text[0])] += chances[:, i]
+    for sums in (by_first_token, by_spans_of_entries):
+        torch.testing.assert_close(sums(chances, spelt, 8), want)
 
 
 def test_one_vocabulary_is_the_plain_divergence():
