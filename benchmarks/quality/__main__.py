@@ -1,6 +1,6 @@
 """Every method on every setting, each at the options that suit it, into one CSV.
 
-    python -m benchmarks.quality                      everything, and again to go on (over a day)
+    python -m benchmarks.quality                      everything, and again to go on (half a day)
     python -m benchmarks.quality --minutes 110        starts no run after that
     python -m benchmarks.quality --small              a part of it, under 20 minutes
     python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
@@ -46,7 +46,7 @@ from sra.allocator import keep_freed_memory
 
 HERE = Path(__file__).parents[1] / "results"
 CSV, SMALL_CSV = HERE / "quality.csv", HERE / "quality-small.csv"
-SMALL = ("cross-entropy", "alm", "paper", "boundary")
+SMALL = ("cross-entropy", "alm", "paper", "boundary", "respell")
 Case = tuple[str, Regime, str, str, float, float, int]
 
 
@@ -64,7 +64,7 @@ def cases(
         if variant in ABLATIONS and (setting, regime.name) not in ABLATED:
             continue
         mine = of(done, setting=setting, regime=regime.name, steps=regime.steps)
-        choice: tuple[float, float] | None = (RATES[1], 0.5)
+        choice: tuple[float, float] | None = (RATES[2], 0.5)
         if not small:
             parent = PARENTS.get(variant, variant)
             tuned_on = SETTINGS[setting].tuned_on

@@ -104,7 +104,7 @@ def test_settings_of_one_student_share_what_was_chosen():
 def test_small_runs_each_method_once():
     done = sweep(lambda case: 1.0, ["cross-entropy", "uld"], small=True)
     assert [(run.variant, run.split, run.learning_rate) for run in done] == [
-        ("cross-entropy", "test", 3e-4), ("uld", "test", 3e-4),
+        ("cross-entropy", "test", 1e-3), ("uld", "test", 1e-3),
     ]  # fmt: skip
 
 
