@@ -61,12 +61,12 @@ def cases(
 ) -> Iterator[Case]:  # fmt: skip
     """What is missing, in order, as far as it is known; to be asked again after each run."""
     for setting, regime, variant in itertools.product(settings, regimes, variants):
-        if variant in ABLATIONS and (setting, regime.name) not in ABLATED:
+        parent = PARENTS.get(variant, variant)
+        if variant in ABLATIONS and (setting, regime.name) not in ABLATED[parent]:
             continue
         mine = of(done, setting=setting, regime=regime.name, steps=regime.steps)
         choice: tuple[float, float] | None = (RATES[2], 0.5)
         if not small:
-            parent = PARENTS.get(variant, variant)
             tuned_on = SETTINGS[setting].tuned_on
             tried = of(
                 done, setting=tuned_on, regime=regime.name, steps=regime.steps, variant=parent,

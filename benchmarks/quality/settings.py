@@ -132,9 +132,14 @@ ABLATIONS: dict[str, Options] = {
 }  # fmt: skip
 
 VARIANTS = MAIN | ABLATIONS
-ABLATED = (("prune-qwen", "fresh"), ("prune-qwen", "little"), ("chinese", "fresh"))
-# An ablation is run at the learning rate and share that were chosen for its recipe.
+# An ablation is run at the learning rate and share that were chosen for its recipe, where that
+# recipe is at home: the paper's is not where the vocabularies share little.
 PARENTS = {name: str(options["recipe"]) for name, options in ABLATIONS.items()}
+ABLATED = {
+    "paper": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
+    "boundary": (("prune-qwen", "fresh"), ("chinese", "fresh")),
+    "respell": (("prune-qwen", "fresh"), ("chinese", "fresh")),
+}
 
 # Every method is tried as often: at the two middle learning rates, at the one beyond the better of
 # them, and, at the best of the three, with two other shares of cross-entropy; or, where there is
