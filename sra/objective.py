@@ -114,6 +114,11 @@ class Objective:
             raise ValueError(f"beta = {self.beta}: it must lie between 0 and 1.")
 
     @property
+    def compares_centres(self) -> bool:
+        """Whether a term reads the centres of mass."""
+        return bool(self.cosine or self.gamma or (self.logit and self.logit_state == "com"))
+
+    @property
     def needs_sides(self) -> bool:
         """Whether a term reads the tokens themselves."""
         return self.likelihood > 0 or self.outside == "respell"
@@ -260,14 +265,13 @@ def span_losses(
         com, rows = span_com(hidden, spans)
         return com, span_com(mass[:, None], spans)[0][:, 0] * rows
 
-    student_com, _ = centres(student_hidden, student_spans, student_mass)
-    teacher_com, span_mass = centres(teacher_hidden, teacher_spans, teacher_mass)
-    weight = salience(span_mass, offsets, objective.power).to(
-        torch.promote_types(student_com.dtype, torch.float32)
-    )
-    zero = weight.new_zeros(())
-
+    wide = torch.promote_types(student_hidden.dtype, torch.float32)
+    zero = student_hidden.new_zeros((), dtype=wide)
     cosine = geometry = logit = zero
+    if objective.compares_centres:
+        student_com, _ = centres(student_hidden, student_spans, student_mass)
+        teacher_com, span_mass = centres(teacher_hidden, teacher_spans, teacher_mass)
+        weight = salience(span_mass, offsets, objective.power).to(wide)
     if objective.cosine:
         for pair in pairs:
             own, other, share = student_com, teacher_com, weight

@@ -87,10 +87,7 @@ def places(student: Side, teacher: Side, offsets: Tensor, spelt: Trie | None) ->
     ]
     if spelt is not None:
         row, stop, at, node = own[:, 0], own[:, 1] - 1, other[:, 0] - 1, root
-        ids = teacher.ids[other[:, 0]]
-        rank = torch.where(
-            ids < len(spelt.rank), spelt.rank[ids.clamp(max=len(spelt.rank) - 1)], -1
-        )
+        rank = spelt.rank[teacher.ids[other[:, 0]]]
         for _ in range(DEPTH - 1):
             child, there = spelt.child(node, student.ids[row])
             there &= row < stop

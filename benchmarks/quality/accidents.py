@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from sra.chat import render_question
+from sra.chat import render_prompt
 from sra.config import SRAConfig
 from sra.model import linear_map, state_width
 from tests.objective import faithful
@@ -46,10 +46,7 @@ class PaperWithAccidents(nn.Module):
 
 def question(tokenizer: Any, prompt: str) -> str:
     """The prompt in the student's template, less the line break that the reference puts there."""
-    if tokenizer.chat_template is None:
-        return prompt
-    written = render_question(tokenizer, [{"role": "user", "content": prompt}], None)
-    return written.removesuffix("\n")
+    return render_prompt(tokenizer, prompt).removesuffix("\n")
 
 
 class AccidentsTrainer(Trainer):

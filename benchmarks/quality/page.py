@@ -12,7 +12,9 @@ from typing import Any
 from benchmarks.quality.settings import (
     ABLATIONS,
     ANSWER,
+    ANSWERED,
     BATCH,
+    BETA2,
     FINER,
     MAIN,
     MAX_TOKENS,
@@ -24,6 +26,7 @@ from benchmarks.quality.settings import (
     SHARES,
     TEST,
     TRIES,
+    WARMUP,
 )
 from benchmarks.quality.table import Run, of
 
@@ -189,13 +192,13 @@ def write(runs: Sequence[Run]) -> None:
             file = f"evidence-{setting}.svg"
             draw(found, DOCS / file)
             pictures.append(f"![{SETTINGS[setting].title}]({file})")
-    if any(by_share(runs, name) for name in MAIN):
-        draw_shares(runs, DOCS / "evidence-shares.svg")
+    if draw_shares(runs, DOCS / "evidence-shares.svg"):
         pictures.append("![The share of cross-entropy](evidence-shares.svg)")
     facts = {
         "rows": f"{TEST}", "batch": f"{BATCH}", "max_tokens": f"{MAX_TOKENS}",
         "middle": f"{RATES[1]:g} and {RATES[2]:g}", "ends": f"{RATES[0]:g} and {RATES[3]:g}",
-        "tries": f"{TRIES}", "answer": f"{ANSWER}",
+        "tries": f"{TRIES}", "answer": f"{ANSWER}", "answered": f"{ANSWERED}",
+        "beta2": f"{BETA2:g}", "warmup": f"1/{WARMUP}",
         "shares": ", ".join(f"{share:g}" for share in SHARES),
         "finer": " and ".join(f"{factor:g}" for factor in FINER),
         "seeds": f"{len(SEEDS)}", "runs": f"{len(runs):,}",
@@ -245,14 +248,17 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_shares(runs: Sequence[Run], path: Path) -> None:
-    """How much each method minds its share of cross-entropy, a panel for each setting."""
-    pyplot = _pyplot()
+def draw_shares(runs: Sequence[Run], path: Path) -> bool:
+    """How much each method minds its share of cross-entropy, a panel for each setting and regime;
+    False, and no picture, if no method was tried at all shares in any."""
     cells = [
         (setting, regime, found)
         for setting, regime in itertools.product(SETTINGS, REGIMES)
         if any(by_share(found := of(runs, setting=setting, regime=regime), name) for name in MAIN)
     ]
+    if not cells:
+        return False
+    pyplot = _pyplot()
     figure, panels = pyplot.subplots(
         1, len(cells), figsize=(4 * len(cells), 3.5), squeeze=False
     )  # fmt: skip
@@ -272,3 +278,4 @@ def draw_shares(runs: Sequence[Run], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+    return True

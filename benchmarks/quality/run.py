@@ -142,6 +142,11 @@ class Bench:
         )  # fmt: skip
 
     def _trainer(self, variant: str, student: Any, config: SRAConfig, rows: list[Row]) -> Trainer:
+        needs_teacher = config.objective().needs_teacher
+        if needs_teacher:  # so that no method pays for what all of them share
+            remember(self.teacher, self.collator, rows)
+        give_back_memory()
+        reset_peak()
         if variant == ACCIDENTS:
             # Here, for it needs the tests, which an installed package does not have.
             from benchmarks.quality.accidents import AccidentsTrainer, PaperWithAccidents
@@ -149,11 +154,6 @@ class Bench:
             teacher = load_model(self.setting.teacher)
             model = PaperWithAccidents(student, teacher, self.tokenizers, config)
             return AccidentsTrainer(model, config, rows)
-        needs_teacher = config.objective().needs_teacher
-        if needs_teacher:  # so that no method pays for what all of them share
-            remember(self.teacher, self.collator, rows)
-        give_back_memory()
-        reset_peak()
         return SRATrainer(
             student,
             self.teacher if needs_teacher else None,

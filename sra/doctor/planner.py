@@ -301,8 +301,9 @@ class Heads:
             our_rows, their_rows, places = rows, theirs.vocab_size, spans
             if objective.outside == "respell":
                 places = max(labels, spans)
-                # Of a chunk: logits, softmax and its transpose; logits, target, its logarithm and
-                # two gradients. And the head's gradient, with that of the chunk.
+                # Of a chunk, the teacher's logits as they are multiplied and in float32, and their
+                # softmax; the student's, the target and gradients. And the head's gradient, with
+                # that of the chunk.
                 wide = 4.0 * min(places, CHUNK) * (3 * their_rows + 5 * our_rows)
                 self.forward = wide + 2 * gradient
             else:

@@ -175,8 +175,18 @@ def test_the_overview_has_a_column_for_each_setting_and_marks_its_best():
 def test_the_curves_of_the_shares_are_of_the_dev_split(tmp_path):
     done = sweep(lambda case: 1 + case[4] + abs(case[5] - 0.8), ["paper", "boundary"])
     assert page.by_share(done, "paper") == pytest.approx({0.2: 1.6001, 0.5: 1.3001, 0.8: 1.0001})
-    page.draw_shares(done, tmp_path / "shares.svg")
+    assert page.draw_shares(done, tmp_path / "shares.svg")
     assert (tmp_path / "shares.svg").stat().st_size > 1000
+
+
+def test_shares_of_two_settings_are_no_curve(tmp_path):
+    shares = {"prune-qwen": (0.2, 0.5), "chinese": (0.8,)}
+    runs = [
+        made((setting, REGIMES["fresh"], "paper", "dev", 1e-3, share, 0))
+        for setting, found in shares.items()
+        for share in found
+    ]
+    assert not page.draw_shares(runs, tmp_path / "shares.svg")
 
 
 def test_the_page(tmp_path, monkeypatch):
