@@ -171,7 +171,10 @@ class SpanDistiller(nn.Module):
         inputs = input_ids, attention_mask, position_ids
         if self.teachers:
             self._check_batch(teachers)
-            student = model_states(self.student, *inputs, layers=self.objective.side(0))
+            student = model_states(
+                self.student, *inputs, layers=self.objective.side(0),
+                mass=self.objective.compares_centres,
+            )  # fmt: skip
             states = student.hidden[-1]
         else:
             states = run_trunk(self.student, **trunk_inputs(*inputs)).last_hidden_state
@@ -259,8 +262,8 @@ class SpanDistiller(nn.Module):
                     objective,
                     student_hidden=student.hidden[-1],
                     teacher_hidden=states.hidden[-1],
-                    student_mass=student.mass[-1],
-                    teacher_mass=states.mass[-1],
+                    student_mass=student.mass[-1] if student.mass else None,
+                    teacher_mass=states.mass[-1] if states.mass else None,
                     student_spans=batch["student_spans"],
                     teacher_spans=batch["teacher_spans"],
                     offsets=batch["span_offsets"],
@@ -297,10 +300,10 @@ class SpanDistiller(nn.Module):
     def _teacher_states(self, teacher: Any, batch: Mapping[str, Tensor]) -> States:
         names = ("input_ids", "attention_mask", "position_ids")
         inputs = {name: batch[name] for name in names if name in batch}
-        layers = self.objective.side(1)
+        layers, mass = self.objective.side(1), self.objective.compares_centres
         if not isinstance(teacher, nn.Module):
             if inputs["input_ids"].numel():
-                return teacher.states(**inputs, layers=layers)
+                return teacher.states(**inputs, layers=layers, mass=mass)
             width = state_width(teacher, -1)
             hidden = batch["input_ids"].new_zeros(1, 1, width, dtype=torch.float32)
             return States((hidden,) * len(layers), (hidden[..., 0],) * len(layers))
@@ -309,9 +312,8 @@ class SpanDistiller(nn.Module):
             # is sharded are gathered by all ranks together.
             inputs = {"input_ids": inputs["input_ids"].new_zeros(1, 1)}
         device = next(teacher.parameters()).device
-        return model_states(
-            teacher, **{name: x.to(device) for name, x in inputs.items()}, layers=layers
-        )
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+        return model_states(teacher, **inputs, layers=layers, mass=mass)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Of the student; a Trainer calls it."""

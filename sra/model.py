@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ class States(NamedTuple):
 
     hidden: ``[B, T, D]``, the layer's output; of the last layer, after the final norm.
     mass: ``[B, T]`` fp32, detached: the layer's attention row of each sequence's last real token,
-        summed over heads, normalised over the sequence's tokens (arXiv 2605.01205).
+        summed over heads, normalised over the sequence's tokens (arXiv 2605.01205). Empty where
+        nothing reads it.
     """
 
     hidden: tuple[Tensor, ...]
@@ -106,8 +108,19 @@ def call_inside(module: Any, function: Callable[..., Any], **inputs: Any) -> Any
 
 
 def run_trunk(model: Any, **inputs: Any) -> Any:
-    """The outputs of `trunk_of`, of a model that is sharded too."""
-    return call_inside(causal_lm(model), trunk_of(model), **inputs)
+    """The outputs of `trunk_of`, of a model that is sharded too.
+
+    Raises:
+        TypeError: sequences without padding, and a model that would read them as one.
+    """
+    trunk = trunk_of(model)
+    packed = "position_ids" in inputs and "attention_mask" not in inputs
+    if packed and "position_ids" not in inspect.signature(trunk.forward).parameters:
+        raise TypeError(
+            f"{type(trunk).__name__} takes no position_ids, so it would read sequences without "
+            'padding as one. Pad them: padding_free=False, or SpanCollator(padding="right").'
+        )
+    return call_inside(causal_lm(model), trunk, **inputs)
 
 
 def head_of(model: Any) -> Head:

@@ -115,7 +115,7 @@ class Objective:
 
     @property
     def compares_centres(self) -> bool:
-        """Whether a term reads the centres of mass."""
+        """Whether a term reads the centres of mass, and so the attention on the tokens."""
         return bool(self.cosine or self.gamma or (self.logit and self.logit_state == "com"))
 
     @property
@@ -231,8 +231,8 @@ def span_losses(
     *,
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    student_mass: Tensor,
-    teacher_mass: Tensor,
+    student_mass: Tensor | None,
+    teacher_mass: Tensor | None,
     student_spans: Tensor,
     teacher_spans: Tensor,
     offsets: Tensor,
@@ -248,7 +248,8 @@ def span_losses(
     Args:
         student_hidden, teacher_hidden: ``[N, Ds]``, ``[M, Dt]`` post-final-norm states, rows of all
             sequences flattened. Gradient to the student's only.
-        student_mass, teacher_mass: ``[N]``, ``[M]`` attention mass of each row.
+        student_mass, teacher_mass: ``[N]``, ``[M]`` attention mass of each row; None if no term
+            reads it (`Objective.compares_centres`).
         student_spans, teacher_spans: ``[S, 2]`` row ranges into each.
         offsets: ``[B + 1]``, the spans of each sequence.
         vocabulary: ids ``([K], [K])`` of the shared entries, or None for one vocabulary.
@@ -269,6 +270,8 @@ def span_losses(
     zero = student_hidden.new_zeros((), dtype=wide)
     cosine = geometry = logit = zero
     if objective.compares_centres:
+        assert student_mass is not None
+        assert teacher_mass is not None
         student_com, _ = centres(student_hidden, student_spans, student_mass)
         teacher_com, span_mass = centres(teacher_hidden, teacher_spans, teacher_mass)
         weight = salience(span_mass, offsets, objective.power).to(wide)

@@ -32,6 +32,7 @@ def model_states(
     position_ids: Tensor | None = None,
     *,
     layers: Sequence[int] = (-1,),
+    mass: bool = True,
 ) -> States:
     """Run a model's trunk, under any attention implementation.
 
@@ -41,9 +42,12 @@ def model_states(
             ``[1, N]`` that start from 0 in each.
         layers: which decoder layers; negative ones count from the last, -1. The mass of one without
             softmax attention is that of the nearest layer before it that has it.
+        mass: whether to record the attention mass, which needs attention whose queries and keys
+            can be read.
 
     Raises:
-        TypeError, IndexError, NotImplementedError: see `record_attention_mass`.
+        IndexError: there is no such layer.
+        TypeError, NotImplementedError: see `record_attention_mass`.
     """
     trunk = trunk_of(model)
     count = trunk.config.get_text_config().num_hidden_layers
@@ -54,7 +58,7 @@ def model_states(
                 f"{layer}. Layers are counted from 0, or from the last, -1."
             )
     chosen = [layer % count for layer in layers]
-    attentions = {layer: attention_of(model, layer) for layer in chosen}
+    attentions = {layer: attention_of(model, layer) for layer in chosen} if mass else {}
     inner = any(layer != count - 1 for layer in chosen)
     with ExitStack() as stack:
         records = {
@@ -69,4 +73,5 @@ def model_states(
     hidden = [  # hidden_states[0] is the embedding
         out.last_hidden_state if i == count - 1 else out.hidden_states[i + 1] for i in chosen
     ]
-    return States(tuple(hidden), tuple(records[attentions[i]].mass for i in chosen))
+    masses = [records[attentions[i]].mass for i in chosen] if mass else []
+    return States(tuple(hidden), tuple(masses))

@@ -185,7 +185,7 @@ def diagnose(
     for side in (student, teacher):
         findings += model_checks.control_tokens(side)
         findings += model_checks.heads(side)
-        if objective.needs_teacher:
+        if objective.needs_teacher and objective.compares_centres:
             findings.append(model_checks.attention(side))
     plan = None
     if resources and sample.rows and not any(f.level == "error" for f in findings):

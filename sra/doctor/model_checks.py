@@ -208,7 +208,7 @@ def attention(side: Side) -> Finding:
     except (NotImplementedError, IndexError, TypeError) as error:
         return Finding(
             "error", topic, str(error),
-            f"Choose another {side.name}, or --recipe cross-entropy, which reads no attention.",
+            f"Choose another {side.name}, or --recipe respell, which reads no attention.",
         )  # fmt: skip
     except Exception as error:  # the model's own code, whatever it does
         return Finding(

@@ -47,7 +47,7 @@ class _Remembered(ABC):
     def get_output_embeddings(self) -> Any: ...
 
     @abstractmethod
-    def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int]) -> list[States]:
+    def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int], mass: bool) -> list[States]:
         """States ``[T, D]`` and masses ``[T]`` of each sequence of ids, in main memory."""
 
     @torch.no_grad()
@@ -58,6 +58,7 @@ class _Remembered(ABC):
         position_ids: Tensor | None = None,
         *,
         layers: Sequence[int] = (-1,),
+        mass: bool = True,
     ) -> States:
         """As `sra.states.model_states`; padding rows are zero.
 
@@ -66,35 +67,39 @@ class _Remembered(ABC):
         where = sequence_rows(input_ids, attention_mask, position_ids)
         ids = input_ids.flatten().cpu()
         count = self.config.get_text_config().num_hidden_layers
-        rows = self._rows([ids[at] for at in where], [i + count if i < 0 else i for i in layers])
+        chosen = [i + count if i < 0 else i for i in layers]
+        rows = self._rows([ids[at] for at in where], chosen, mass)
         if rows:
             like = rows[0]
         else:  # a batch that routes no row here
             width = head_of(self).weight.shape[1]
             like = States((torch.empty(0, width, dtype=self.dtype),), (torch.empty(0),))
         width = like.hidden[0].shape[1]
-        hidden, mass = [], []
+        hidden, masses = [], []
         for i in range(len(layers)):
             states = like.hidden[0].new_zeros(len(ids), width)
-            masses = like.mass[0].new_zeros(len(ids))
             for at, row in zip(where, rows, strict=True):
-                states[at], masses[at] = row.hidden[i], row.mass[i]
+                states[at] = row.hidden[i]
             hidden.append(states.view(*input_ids.shape, width).to(input_ids.device))
-            mass.append(masses.view(input_ids.shape).to(input_ids.device))
-        return States(tuple(hidden), tuple(mass))
+        for i in range(len(layers) if mass else 0):
+            weights = like.mass[0].new_zeros(len(ids))
+            for at, row in zip(where, rows, strict=True):
+                weights[at] = row.mass[i]
+            masses.append(weights.view(input_ids.shape).to(input_ids.device))
+        return States(tuple(hidden), tuple(masses))
 
 
 class TeacherCache(_Remembered):
     """A teacher that remembers, in memory: pass it to `SpanDistiller` in the teacher's place.
 
-    Keeps the post-final-norm states and attention masses of each token sequence that it has seen,
-    not logits, in main memory: 2 * hidden_size + 4 bytes a token in bf16. Worth it from the second
-    epoch on. `DiskCache` keeps them between runs.
+    Keeps the post-final-norm states of each token sequence that it has seen, and the attention
+    masses if they were asked for, not logits, in main memory: 2 * hidden_size + 4 bytes a token in
+    bf16. Worth it from the second epoch on. `DiskCache` keeps them between runs.
     """
 
     def __init__(self, teacher: Any) -> None:
         self._model = teacher.eval().requires_grad_(False)
-        self._seen: dict[tuple[bytes, int], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[tuple[bytes, int], tuple[Tensor, Tensor | None]] = {}
         self.config = teacher.config
         self.dtype = head_of(teacher).weight.dtype
 
@@ -111,21 +116,28 @@ class TeacherCache(_Remembered):
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for row in self._seen.values() for x in row)
+        return sum(x.nbytes for row in self._seen.values() for x in row if x is not None)
 
-    def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int]) -> list[States]:
+    def _lacks(self, key: bytes, layer: int, mass: bool) -> bool:
+        seen = self._seen.get((key, layer))
+        return seen is None or (mass and seen[1] is None)
+
+    def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int], mass: bool) -> list[States]:
         keys = [key_of(ids) for ids in sequences]
         missing = {
             key: ids
             for key, ids in zip(keys, sequences, strict=True)
-            if any((key, layer) not in self._seen for layer in layers)
+            if any(self._lacks(key, layer, mass) for layer in layers)
         }
-        computed = sequence_states(self._model, [*missing.values()], layers)
+        computed = sequence_states(self._model, [*missing.values()], layers, mass)
         for key, row in zip(missing, computed, strict=True):
             for i, layer in enumerate(layers):
-                self._seen[key, layer] = row.hidden[i], row.mass[i]
+                self._seen[key, layer] = row.hidden[i], row.mass[i] if mass else None
         found = [[self._seen[key, layer] for layer in layers] for key in keys]
-        return [States(tuple(h for h, _ in row), tuple(m for _, m in row)) for row in found]
+        return [
+            States(tuple(h for h, _ in row), tuple(m for _, m in row if m is not None))
+            for row in found
+        ]
 
 
 class DiskCache(_Remembered):
@@ -252,13 +264,13 @@ class DiskCache(_Remembered):
             self._open[number] = Shard(self.folder, self._entries[number], verify=self._verify)
         return self._open[number]
 
-    def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int]) -> list[States]:
+    def _rows(self, sequences: Sequence[Tensor], layers: Sequence[int], mass: bool) -> list[States]:
         self.check_layers(layers)
         self.check(sequences)
         places = [self._places.get(key_of(ids)) for ids in sequences]
         missing = [i for i, place in enumerate(places) if place is None]
         computed = iter(
-            sequence_states(self._teacher, [sequences[i] for i in missing], layers)
+            sequence_states(self._teacher, [sequences[i] for i in missing], layers, mass)
             if missing
             else ()
         )
@@ -290,7 +302,9 @@ def check_caches(
 
 
 @torch.no_grad()
-def sequence_states(model: Any, sequences: Sequence[Tensor], layers: Sequence[int]) -> list[States]:
+def sequence_states(
+    model: Any, sequences: Sequence[Tensor], layers: Sequence[int], mass: bool = True
+) -> list[States]:
     """Run a model on sequences of ids as one batch; states ``[T, D]`` and masses ``[T]`` of each,
     in main memory."""
     if not sequences:
@@ -298,13 +312,13 @@ def sequence_states(model: Any, sequences: Sequence[Tensor], layers: Sequence[in
     device = next(model.parameters()).device
     ids = pad_sequence([x.long() for x in sequences], batch_first=True).to(device)
     mask = pad_sequence([torch.ones_like(x) for x in sequences], batch_first=True).to(device)
-    states = model_states(model, ids, mask, layers=layers)
-    hidden, mass = ([x.cpu() for x in part] for part in states)
+    states = model_states(model, ids, mask, layers=layers, mass=mass)
+    hidden, masses = ([x.cpu() for x in part] for part in states)
     return [
         States(
             # A copy, so that a short row does not keep its whole batch in memory.
             tuple(x[i, : len(row)].clone() for x in hidden),
-            tuple(x[i, : len(row)].clone() for x in mass),
+            tuple(x[i, : len(row)].clone() for x in masses),
         )
         for i, row in enumerate(sequences)
     ]

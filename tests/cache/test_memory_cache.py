@@ -68,6 +68,24 @@ def test_the_cache_computes_each_text_once(batch):
     assert counted.texts == len(tiny.ROWS) + 1
 
 
+def test_masses_are_computed_when_they_are_first_asked_for(batch):
+    model = tiny.teacher_model()
+    counted = Counted(model)
+    cache = TeacherCache(model)
+    args = inputs(batch)
+    without = cache.states(*args, mass=False)
+    assert without.mass == ()
+    assert cache.nbytes == int(args[1].sum()) * 48 * 4
+    assert torch.equal(cache.states(*args, mass=False).hidden[0], without.hidden[0])
+    assert counted.texts == len(tiny.ROWS)
+    (hidden,), (mass,) = cache.states(*args)
+    assert counted.texts == 2 * len(tiny.ROWS)
+    assert torch.equal(hidden, without.hidden[0])
+    torch.testing.assert_close(mass, model_states(model, *args).mass[0])
+    assert cache.states(*args, mass=False).mass == ()
+    assert counted.texts == 2 * len(tiny.ROWS) + len(tiny.ROWS)  # of model_states, just above
+
+
 def test_the_cache_computes_a_text_once_even_if_a_batch_repeats_it():
     model = tiny.teacher_model()
     counted = Counted(model)

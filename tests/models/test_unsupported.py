@@ -1,6 +1,9 @@
-"""What cannot be distilled says so, and what is missing, before a step is taken."""
+"""What cannot be distilled says so, and what is missing, before a step is taken; and no model is
+turned away for what nothing reads."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sra import SpanDistiller, recipe
+from sra import SpanAligner, SpanCollator, SpanDistiller, TeacherCache, recipe
+from sra.baselines import baseline
 from sra.model import causal_lm, head_of
 from sra.states import model_states
 from tests import tiny
@@ -40,6 +44,39 @@ def test_no_attention_to_read(name):
         "so its queries and keys cannot be read. Use a model class that does (Llama, Qwen2, Gemma, "
         "Mistral, GPT-2, ...)."
     )
+
+
+@pytest.mark.parametrize("objective", [recipe("respell"), baseline("alm")], ids=["respell", "alm"])
+@pytest.mark.parametrize("name", WITHOUT_INTERFACE)
+def test_what_reads_no_attention_takes_models_without_it(name, objective):
+    teacher = tiny.teacher_model()
+    sizes = {"student": tiny.student_model(), "teacher": teacher}
+    for role, like in sizes.items():
+        config = copy.deepcopy(WITHOUT_INTERFACE[name])
+        config.vocab_size = like.config.vocab_size
+        model = AutoModelForCausalLM.from_config(config)
+        pair = {**sizes, role: model, "teacher": teacher if role == "student" else model}
+        module = SpanDistiller(
+            pair["student"], TeacherCache(pair["teacher"]), objective, vocabulary=tiny.vocabulary()
+        )
+        batch = tiny.collator()(tiny.ROWS)
+        out = module(**batch)
+        out.loss.backward()
+        assert out.logit.item() > 0
+        assert all(p.grad is not None for p in pair["student"].parameters())
+
+
+def test_sequences_without_padding_need_a_model_that_takes_positions():
+    config = copy.deepcopy(WITHOUT_INTERFACE["mamba"])
+    config.vocab_size = tiny.student_model().config.vocab_size
+    module = SpanDistiller(
+        AutoModelForCausalLM.from_config(config), tiny.teacher_model(), recipe("respell"),
+        vocabulary=tiny.vocabulary(),
+    )  # fmt: skip
+    aligner = SpanAligner(tiny.student_tokenizer(), tiny.teacher_tokenizer())
+    batch = SpanCollator(aligner, padding="free")(tiny.ROWS)
+    with pytest.raises(TypeError, match=r"MambaModel takes no position_ids.* padding_free=False"):
+        module(**batch)
 
 
 def test_an_encoder_decoder_model():
