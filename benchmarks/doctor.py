@@ -1,6 +1,6 @@
 """`sra doctor`'s prediction of memory and time beside real training steps.
 
-    python -m benchmarks.doctor [--steps 4] [--batch-size 4] [--recipe boundary] [--processor-time]
+    python -m benchmarks.doctor [--steps 4] [--batch-size 4] [--recipe respell] [--processor-time]
 
 The steps run in a child process: student and teacher from the demo, AdamW, one batch of the demo's
 instructions. Before each step the child takes this machine's rates again, so that prediction and
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--recipe", default="boundary")
+    parser.add_argument("--recipe", default="respell")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--processor-time", action="store_true", help="of this process, for a busy machine"

@@ -52,7 +52,7 @@ def start(args: argparse.Namespace, teacher: Any, tokenizers: Sequence[Any]) -> 
         *tokenizers, match="raw", student_rows=head_rows(student), teacher_rows=head_rows(teacher)
     )
     torch.manual_seed(0)
-    distiller = SpanDistiller(student, teacher, recipe("boundary"), vocabulary=vocabulary)
+    distiller = SpanDistiller(student, teacher, recipe("respell"), vocabulary=vocabulary)
     return distiller, torch.optim.AdamW(distiller.parameters(), lr=1e-5)
 
 

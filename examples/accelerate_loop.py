@@ -30,7 +30,7 @@ student_tokenizer = AutoTokenizer.from_pretrained(args.student)
 teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher)
 vocabulary = sra.SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw")
 distiller = sra.SpanDistiller(
-    student, teacher.to(accelerator.device), sra.recipe("boundary"), vocabulary=vocabulary
+    student, teacher.to(accelerator.device), sra.recipe("respell"), vocabulary=vocabulary
 )
 collator = sra.SpanCollator(sra.SpanAligner(student_tokenizer, teacher_tokenizer), max_length=512)
 loader = DataLoader(sra.load_rows(args.data), args.batch_size, shuffle=True, collate_fn=collator)

@@ -25,7 +25,7 @@ args = parser.parse_args()
 
 config = SRAConfig(
     output_dir=args.output,
-    recipe="boundary",
+    recipe="respell",
     num_train_epochs=args.epochs,
     per_device_train_batch_size=args.batch_size,
     learning_rate=args.learning_rate,

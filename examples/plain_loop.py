@@ -29,7 +29,7 @@ teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher)
 distiller = SpanDistiller(
     student,
     teacher,
-    recipe("boundary"),
+    recipe("respell"),
     vocabulary=SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw"),
 )
 collator = SpanCollator(SpanAligner(student_tokenizer, teacher_tokenizer), max_length=512)

@@ -44,7 +44,7 @@ trainer = SpanSFTTrainer(
     SpanDistiller(
         student,
         teacher.to(config.device),
-        recipe("boundary"),
+        recipe("respell"),
         vocabulary=SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw"),
     ),
     config,

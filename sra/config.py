@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from transformers import TrainingArguments
 
 from sra.baselines import METHODS, Baseline, baseline
-from sra.objective import Objective, recipe
+from sra.objective import DEFAULT, Objective, recipe
 
 OBJECTIVE_FIELDS = (
     "alpha",
@@ -31,8 +31,8 @@ class SRAConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what distillation adds; None keeps the recipe's."""
 
     recipe: str = field(
-        default="boundary",
-        metadata={"help": 'The objective: "cross-entropy", "paper", "boundary", "respell".'},
+        default=DEFAULT,
+        metadata={"help": 'The objective: "respell", "boundary", "paper", "cross-entropy".'},
     )
     method: str = field(
         default="sra",

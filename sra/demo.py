@@ -40,7 +40,7 @@ MAX_TOKENS = 160  # rows are chosen to fit, so that a step takes seconds on two 
 HELD_OUT = 40
 BATCH = 4
 LEARNING_RATE = 3e-4
-RECIPES = ("cross-entropy", "paper", "boundary")
+RECIPES = ("cross-entropy", "paper", "respell")
 Row = dict[str, str]
 
 

@@ -27,7 +27,7 @@ from sra.model import (
     state_width,
     trunk_of,
 )
-from sra.objective import RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
+from sra.objective import DEFAULT, RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
 from sra.states import States, model_states, trunk_inputs
 from sra.tied import with_tied, without_tied
 from sra.vocabulary import SharedVocabulary, check_heads
@@ -65,7 +65,7 @@ class SpanDistiller(nn.Module):
     Works wherever a module with a loss does: a plain loop, `transformers.Trainer`, TRL, Accelerate,
     Lightning.
 
-    >>> distiller = SpanDistiller(student, teacher, recipe("boundary"), vocabulary=vocabulary)
+    >>> distiller = SpanDistiller(student, teacher, recipe("respell"), vocabulary=vocabulary)
     >>> distiller(**collator(rows)).loss.backward()
 
     Args:
@@ -93,7 +93,7 @@ class SpanDistiller(nn.Module):
         self,
         student: Any,
         teacher: Any | None,
-        objective: Objective | Baseline = RECIPES["boundary"],
+        objective: Objective | Baseline = RECIPES[DEFAULT],
         *,
         vocabulary: SharedVocabulary | Sequence[SharedVocabulary | None] | None = None,
         teacher_weights: Sequence[float] | None = None,

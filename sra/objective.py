@@ -149,6 +149,9 @@ RECIPES = {
     ),
 }
 
+# What docs/evidence.md found best.
+DEFAULT = "respell"
+
 
 def recipe(name: str, **changes: Any) -> Objective:
     """A named objective, with changes.

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from benchmarks.quality import page
+from benchmarks.quality import gradients, page
 from benchmarks.quality.run import Bench
 from benchmarks.quality.settings import (
     ABLATED,
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     csv = args.csv or (SMALL_CSV if args.small else CSV)
     if args.page:
-        page.write(read(csv))
+        page.write(read(csv), gradients.read())
         return
     logging.disable_progress_bar()
     keep_freed_memory()
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.small:
         print(page.tables(read(csv), [*settings], [x.name for x in regimes]))
     else:
-        page.write(read(csv))
+        page.write(read(csv), gradients.read())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.gradients import Pull
 from benchmarks.quality.settings import (
     ABLATIONS,
     ANSWER,
@@ -183,7 +184,24 @@ def verdicts(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def write(runs: Sequence[Run]) -> None:
+def pulls_table(pulls: Sequence[Pull]) -> str:
+    """Norm and cosine of each term's gradient, by setting and student."""
+    if not pulls:
+        return "*Not measured yet.*"
+    columns = [*dict.fromkeys((pull.setting, pull.student) for pull in pulls)]
+    titles = [f"{SETTINGS[setting].title}, {student}" for setting, student in columns]
+    lines = ["| term | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    for term in dict.fromkeys(pull.term for pull in pulls):
+        found = {(pull.setting, pull.student): pull for pull in pulls if pull.term == term}
+        cells = [
+            f"{found[key].norm:.3g}; {found[key].cosine:.2f}" if key in found else "–"
+            for key in columns
+        ]
+        lines.append(f"| {term} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
     """docs/evidence.md: the text of benchmarks/quality/evidence.md with the tables in it."""
     pictures = []
     for setting in SETTINGS:
@@ -206,6 +224,7 @@ def write(runs: Sequence[Run]) -> None:
                              for r in REGIMES.values()),
         "verdicts": verdicts(runs), "overview": overview(runs),
         "pictures": "\n\n".join(pictures),
+        "pulls": pulls_table(pulls),
         "tables": tables(runs, [*SETTINGS], [*REGIMES]),
     }  # fmt: skip
     text = TEXT.read_text()

@@ -54,6 +54,21 @@ Row = dict[str, Any]
 SPLITS = {"dev": slice(0, DEV), "test": slice(DEV, DEV + TEST)}
 
 
+class Clock(TrainerCallback):
+    """Seconds of the steps after the first three, which warm up."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self._began = 0, 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 3:
+            self.steps += 1
+            self.seconds += time.perf_counter() - self._began
+
+
 class Bench:
     """A setting with its models and rows; the teacher reads each row once for all runs."""
 
@@ -80,6 +95,9 @@ class Bench:
             self._teacher = TeacherCache(load_model(self.setting.teacher).to(self.dtype))
         return self._teacher
 
+    def untrained(self) -> Any:
+        return load_model(str(self.start))
+
     def train_rows(self, regime: Regime) -> list[Row]:
         return self.rows[DEV + TEST :][: regime.rows]
 
@@ -103,6 +121,31 @@ class Bench:
         self, variant: str, regime: Regime, split: str, *, rate: float, alpha: float, seed: int
     ) -> Run:
         """Train one student, and measure it."""
+        clock = Clock()
+        try:
+            student = self.trained(variant, regime, rate=rate, alpha=alpha, seed=seed, clock=clock)
+            found = self._measure(student, split)
+        except RuntimeError as error:
+            if "not finite" not in str(error):
+                raise
+            found = dict.fromkeys(
+                ("bits_per_byte", "agreement", "rouge_l", "other_bits_per_byte"), math.nan
+            )
+        return Run(
+            setting=self.setting.name, regime=regime.name, variant=variant, split=split,
+            learning_rate=rate, alpha=alpha, seed=seed, steps=regime.steps,
+            seconds_a_step=clock.seconds / max(clock.steps, 1), peak_gib=peak_gib() or math.nan,
+            **found,
+        )  # fmt: skip
+
+    def trained(
+        self, variant: str, regime: Regime, *, rate: float, alpha: float, seed: int, clock: Clock
+    ) -> Any:
+        """A student of this variant, ready to be asked.
+
+        Raises:
+            RuntimeError: "... not finite ..." if it diverged.
+        """
         options = dict(VARIANTS[variant])
         if options.get("recipe") != "cross-entropy":
             options["alpha"] = alpha
@@ -118,28 +161,15 @@ class Bench:
         rows = self.train_rows(regime)
         if variant == "seqkd":
             rows = self.answered()[: regime.rows]
-        student = load_model(str(self.start))
+        student = self.untrained()
         trainer = self._trainer(variant, student, config, rows)
         trainer.remove_callback(PrinterCallback)
-        clock = _Clock()
         trainer.add_callback(clock)
         try:
             trainer.train()
-            found = self._measure(student.eval(), split)
-        except RuntimeError as error:
-            if "not finite" not in str(error):
-                raise
-            found = dict.fromkeys(
-                ("bits_per_byte", "agreement", "rouge_l", "other_bits_per_byte"), math.nan
-            )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return Run(
-            setting=self.setting.name, regime=regime.name, variant=variant, split=split,
-            learning_rate=rate, alpha=alpha, seed=seed, steps=regime.steps,
-            seconds_a_step=clock.seconds / max(clock.steps, 1), peak_gib=peak_gib() or math.nan,
-            **found,
-        )  # fmt: skip
+        return student.eval()
 
     def _trainer(self, variant: str, student: Any, config: SRAConfig, rows: list[Row]) -> Trainer:
         needs_teacher = config.objective().needs_teacher
@@ -177,7 +207,7 @@ class Bench:
                 student, tokenizer, self.other, max_length=1024
             )
             found["agreement"] = span_agreement(
-                student, self.teacher, rows, self.collator, self._vocabulary(student)
+                student, self.teacher, rows, self.collator, self.vocabulary(student)
             )
             answers = evaluate(
                 student, tokenizer, rows[:ANSWERED], metrics=["rouge_l"], greedy=True,
@@ -186,7 +216,7 @@ class Bench:
             found["rouge_l"] = answers["rouge_l"]["mean"]
         return found
 
-    def _vocabulary(self, student: Any) -> SharedVocabulary | None:
+    def vocabulary(self, student: Any) -> SharedVocabulary | None:
         if self.setting.student == self.setting.teacher:
             return None
         sizes = {"student_rows": head_rows(student), "teacher_rows": head_rows(self.teacher)}
@@ -202,18 +232,3 @@ class Bench:
             for row, table in tables
             if max(len(table.student_ids), len(table.teacher_ids)) <= MAX_TOKENS
         ]
-
-
-class _Clock(TrainerCallback):
-    """Seconds of the steps after the first three, which warm up."""
-
-    def __init__(self) -> None:
-        self.steps, self.seconds, self._began = 0, 0.0, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 3:
-            self.steps += 1
-            self.seconds += time.perf_counter() - self._began

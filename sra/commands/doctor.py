@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--data", required=True, help="JSONL of rows, as for `sra distill`")
     parser.add_argument("--rows", type=int, default=200, help="look at so many, evenly spaced")
     parser.add_argument("--memory", type=float, help="GiB (otherwise what this machine has)")
-    parser.add_argument("--recipe", choices=RECIPES, default="boundary")
+    parser.add_argument("--recipe", choices=RECIPES, default="respell")
     parser.add_argument("--vocabulary-match", choices=("raw", "normalised"), default="raw")
     parser.add_argument("--granularity", choices=("token", "word", "sentence"), default="token")
     parser.add_argument("--batch-size", type=int, default=4)

@@ -22,7 +22,7 @@ from sra.data import IGNORED
 from sra.doctor import checks, model_checks
 from sra.doctor.checks import Finding, Sample, Side
 from sra.doctor.planner import Machine, Plan, predict
-from sra.objective import RECIPES, Objective
+from sra.objective import DEFAULT, RECIPES, Objective
 from sra.vocabulary import SharedVocabulary
 
 LEVELS = ("error", "warning", "note", "ok")
@@ -137,7 +137,7 @@ def diagnose(
     teacher_config: Any,
     student_name: str = "student",
     teacher_name: str = "teacher",
-    objective: Objective = RECIPES["boundary"],
+    objective: Objective = RECIPES[DEFAULT],
     vocabulary_match: Literal["raw", "normalised"] = "raw",
     granularity: Literal["token", "word", "sentence"] = "token",
     max_length: int = 512,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sra.doctor.workload import Shape, Work, count_parameters, trace
-from sra.objective import RECIPES, Objective
+from sra.objective import DEFAULT, RECIPES, Objective
 from sra.respelling import ROWS as CHUNK
 from sra_kernels import explain, linear_span_kl
 
@@ -162,7 +162,7 @@ def predict(
     spans: float,
     labels: float | None = None,
     shared: int | None = None,
-    objective: Objective = RECIPES["boundary"],
+    objective: Objective = RECIPES[DEFAULT],
     dtype: torch.dtype = torch.float32,
     optimiser: str = "adamw",
     cached: bool = False,

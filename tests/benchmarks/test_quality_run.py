@@ -88,7 +88,7 @@ def test_a_run_that_diverges_is_kept_as_one_that_did(setting, tmp_path):
 def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SETTINGS", {"tiny": setting})
     monkeypatch.setattr(sweep, "REGIMES", {"fresh": REGIME})
-    monkeypatch.setattr(sweep.page, "write", lambda runs: None)
+    monkeypatch.setattr(sweep.page, "write", lambda *found: None)
     file = tmp_path / "quality.csv"
     command = ["--csv", str(file), "--folder", str(tmp_path / "runs"), "--variants", "boundary"]
     sweep.main([*command, "--minutes", "0.001"])

@@ -178,7 +178,7 @@ def test_a_teacher_is_missing(pair, data, capsys, tmp_path):
     output = tmp_path / "run"
     argv = ["distill", pair[0], "--data", data, "--output", output]
     said = "needs a teacher: sra distill STUDENT TEACHER"
-    assert f"The recipe 'boundary' {said}" in refused(capsys, argv, output)
+    assert f"The recipe 'respell' {said}" in refused(capsys, argv, output)
     argv += ["--method", "uld"]
     assert f"The method 'uld' {said}" in refused(capsys, argv, output)
 

@@ -32,7 +32,7 @@ def test_a_report_to_read(pair, data, capsys):
     assert run(*pair, "--data", data) == 0
     said = capsys.readouterr().out
     assert said.startswith("tiny-student ← tiny-teacher, 8 rows: good")
-    for topic in ("coverage", "student head", "teacher attention", "memory", "time"):
+    for topic in ("coverage", "student head", "teacher head", "memory", "time"):
         assert f" {topic} " in said
 
 
@@ -51,7 +51,7 @@ def test_measured_steps(pair, data, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "measured" in said
     assert "bits per byte" in said
-    assert "the teacher gives the shared vocabulary" in said
+    assert "the teacher gives what the student can spell" in said
 
 
 def test_a_count_that_is_none(pair, data):

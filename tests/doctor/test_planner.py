@@ -69,10 +69,10 @@ def test_activations_are_those_that_autograd_keeps():
     assert predicted == pytest.approx(real, rel=0.02)
 
 
-def test_the_parts_that_a_reader_can_count():
+@pytest.mark.parametrize(("name", "projector"), [("paper", 128 * 128), ("respell", 0)])
+def test_the_parts_that_a_reader_can_count(name, projector):
     student = count_parameters(wide())
-    projector = 128 * 128
-    found = plan()
+    found = plan(objective=recipe(name))
     assert found.memory["optimiser"] == 8 * (student + projector)
     assert found.memory["student"] == 4 * (student + projector)
     assert found.memory["teacher"] == 4 * count_parameters(wide(6))
