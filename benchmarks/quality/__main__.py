@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality                      everything, and again to go on (half a day)
     python -m benchmarks.quality --minutes 110        starts no run after that
+    python -m benchmarks.quality --speed              seconds and memory, alone on the machine
     python -m benchmarks.quality --small              a part of it, under 20 minutes
     python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
 
@@ -37,6 +38,7 @@ from benchmarks.quality.settings import (
     SEEDS,
     SETTINGS,
     SHARES,
+    SPEED,
     TRIES,
     Regime,
     has_share,
@@ -83,6 +85,16 @@ def cases(
                     yield setting, regime, variant, "test", *choice, seed
 
 
+def timings(
+    done: Sequence[Run], settings: Sequence[str], variants: Sequence[str]
+) -> Iterator[Case]:
+    """What has not been timed yet; SeqKD's steps are those of cross-entropy."""
+    timed = [name for name in variants if name in MAIN and name != "seqkd"]
+    for setting, variant in itertools.product(settings, timed):
+        if not of(done, setting=setting, variant=variant, split="speed"):
+            yield setting, SPEED, variant, "speed", RATES[0], 0.5, DEV_SEED
+
+
 def tries(variant: str, tried: Sequence[Run]) -> list[tuple[float, float]]:
     """Pairs of learning rate and share to try on the dev split, as far as they are known."""
     rates = [*RATES[1:3]]
@@ -115,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="*", choices=[*MAIN, *ABLATIONS], default=[*MAIN])
     parser.add_argument("--ablations", action="store_true", help="the ablations too")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after that")
+    parser.add_argument("--speed", action="store_true", help="time a few steps of each")
     parser.add_argument("--small", action="store_true", help="one pair, few methods, one seed")
     parser.add_argument("--page", action="store_true", help="remake docs/evidence.md, run nothing")
     parser.add_argument("--csv", type=Path, help="where the runs are kept")
@@ -132,12 +145,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings, variants = ["prune-qwen"], [*SMALL]
         regimes = [Regime(x.name, x.title, x.rows // 2, x.steps // 2) for x in regimes]
     began, bench = time.perf_counter(), None
-    while case := next(cases(read(csv), settings, regimes, variants, args.small), None):
+
+    def missing() -> Iterator[Case]:
+        done = read(csv)
+        if not args.speed:
+            yield from cases(done, settings, regimes, variants, args.small)
+        if args.speed or (settings == [*SETTINGS] and not args.small):
+            yield from timings(done, settings, variants)
+
+    while case := next(missing(), None):
         if time.perf_counter() - began > 60 * args.minutes:
             print(f"{args.minutes:g} minutes are over. The same command goes on.")
             break
         setting, regime, variant, split, rate, alpha, seed = case
-        if bench is None or bench.setting.name != setting:
+        if bench is None or bench.setting.name != setting or split == "speed":
             bench = Bench(SETTINGS[setting], args.folder)
         run = bench.run(variant, regime, split, rate=rate, alpha=alpha, seed=seed)
         append(csv, run)
@@ -148,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             flush=True,
         )
     if args.small:
-        print(page.tables(read(csv), [*settings], [x.name for x in regimes]))
+        runs = of(read(csv), split="test")
+        print(
+            page.tables(runs, [*settings], [x.name for x in regimes]), page.costs(runs), sep="\n\n"
+        )
     else:
         page.write(read(csv), gradients.read())
 

@@ -3,9 +3,9 @@
     python -m benchmarks.quality.gradients
 
 Of every term alone, with its own weight: the norm of the gradient that a batch gives, which is
-clipped to 1 in training; and the cosine of the mean gradient with that of held-out cross-entropy.
-At the start, and after one pass of cross-entropy. Into benchmarks/results/gradients.csv, what it
-lacks.
+clipped to 1 in training; and the cosine of the mean gradient with that of cross-entropy on other
+rows. At the start, and after training by cross-entropy, on the test rows. Into
+benchmarks/results/gradients.csv, what it lacks.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from benchmarks.quality.run import Bench, Clock
-from benchmarks.quality.settings import BATCH, DEV, DEV_SEED, REGIMES, SETTINGS
+from benchmarks.quality.run import SPLITS, Bench, Clock
+from benchmarks.quality.settings import BATCH, DEV_SEED, REGIMES, SETTINGS
 from sra import SpanDistiller, recipe
 from sra.allocator import keep_freed_memory
 from sra.baselines import baseline
 from sra.demo import remember
 
 CSV = Path(__file__).parents[1] / "results" / "gradients.csv"
-BATCHES = 16
-PLACES = ("prune-qwen", "chinese")
-# Of cross-entropy in `settings.MAIN`: what quality.csv chose.
+# Of cross-entropy, as quality.csv chose it; and the settings that are looked at.
 RATES = {"prune-qwen": 1e-3, "chinese": 1e-4}
 
 TERMS: dict[str, Any] = {
@@ -45,6 +43,12 @@ TERMS: dict[str, Any] = {
     "paper: logit, at span ends": recipe(
         "paper", alpha=0.0, cosine=0.0, gamma=0.0, logit_state="end"
     ),
+    "paper: logit, weighted by shared mass": recipe(
+        "paper", alpha=0.0, cosine=0.0, gamma=0.0, outside="weight"
+    ),
+    "paper: logit, temperature 1": recipe(
+        "paper", alpha=0.0, cosine=0.0, gamma=0.0, temperature=1.0
+    ),
     "boundary: logit": recipe("boundary", alpha=0.0, cosine=0.0),
     "respell": recipe("respell", alpha=0.0),
     "alm": baseline("alm", alpha=0.0),
@@ -53,7 +57,7 @@ TERMS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Pull:
-    """norm: mean over batches; cosine: of the mean over batches, with held-out cross-entropy's."""
+    """norm: mean over batches; cosine: of the mean over batches, with other rows' cross-entropy."""
 
     setting: str
     student: str  # "start" or "trained"
@@ -86,8 +90,8 @@ def append(path: Path, pull: Pull) -> None:
 
 def pulls(bench: Bench, student: Any, name: str, terms: Sequence[str]) -> Iterator[Pull]:
     """Each of these terms on one student."""
-    rows = bench.train_rows(REGIMES["fresh"])[: BATCHES * BATCH]
-    aim, _ = gradient(bench, student, TERMS["cross-entropy"], bench.rows[:DEV])
+    rows, others = bench.rows[SPLITS["test"]], bench.rows[SPLITS["dev"]]
+    aim, _ = gradient(bench, student, TERMS["cross-entropy"], others)
     for term in terms:
         mean, norm = gradient(bench, student, TERMS[term], rows)
         cosine = float(torch.dot(mean, aim) / mean.norm() / aim.norm())
@@ -117,14 +121,14 @@ def gradient(bench: Bench, student: Any, objective: Any, rows: list[Any]) -> tup
     return total / len(norms), sum(norms) / len(norms)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*PLACES])
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*RATES])
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="for models")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.disable_progress_bar()
     keep_freed_memory()
     for setting in args.settings:

@@ -38,8 +38,6 @@ COLUMNS = (  # field, title, decimals
     ("agreement", "agreement", 3),
     ("rouge_l", "ROUGE-L", 1),
     ("other_bits_per_byte", "other language", 3),
-    ("seconds_a_step", "s a step", 2),
-    ("peak_gib", "GiB", 1),
 )
 
 
@@ -113,6 +111,23 @@ def _cell(value: tuple[float, float], digits: int) -> str:
     if math.isnan(mean):
         return "–"
     return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def costs(runs: Sequence[Run]) -> str:
+    """Seconds a step and the peak of memory of each method that was timed, by setting."""
+    settings = [name for name in SETTINGS if of(runs, setting=name)]
+    if not settings:
+        return "*Not measured yet.*"
+    titles = [f"{SETTINGS[name].title}: {unit}" for name in settings for unit in ("s", "GiB")]
+    lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    for variant in (name for name in MAIN if of(runs, variant=name)):
+        cells = []
+        for setting in settings:
+            found = of(runs, setting=setting, variant=variant)
+            cells.append(_cell(mean_and_error([run.seconds_a_step for run in found]), 2))
+            cells.append(_cell(mean_and_error([run.peak_gib for run in found]), 1))
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def overview(runs: Sequence[Run]) -> str:
@@ -225,6 +240,7 @@ def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
         "verdicts": verdicts(runs), "overview": overview(runs),
         "pictures": "\n\n".join(pictures),
         "pulls": pulls_table(pulls),
+        "costs": costs(of(runs, split="speed")),
         "tables": tables(runs, [*SETTINGS], [*REGIMES]),
     }  # fmt: skip
     text = TEXT.read_text()

@@ -51,6 +51,7 @@ from sra.precision import faster_dtype
 from sra.progress import peak_gib, reset_peak
 
 Row = dict[str, Any]
+MEASURES = ("bits_per_byte", "agreement", "rouge_l", "other_bits_per_byte")
 SPLITS = {"dev": slice(0, DEV), "test": slice(DEV, DEV + TEST)}
 
 
@@ -96,7 +97,11 @@ class Bench:
         return self._teacher
 
     def untrained(self) -> Any:
-        return load_model(str(self.start))
+        """The student that every run begins with."""
+        student = load_model(str(self.start))
+        # At 128 tokens, on the CPU: 0.25 of 1.25 s a step less than torch's fused attention takes.
+        student.set_attn_implementation("eager")
+        return student
 
     def train_rows(self, regime: Regime) -> list[Row]:
         return self.rows[DEV + TEST :][: regime.rows]
@@ -128,9 +133,7 @@ class Bench:
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
-            found = dict.fromkeys(
-                ("bits_per_byte", "agreement", "rouge_l", "other_bits_per_byte"), math.nan
-            )
+            found = dict.fromkeys(MEASURES, math.nan)
         return Run(
             setting=self.setting.name, regime=regime.name, variant=variant, split=split,
             learning_rate=rate, alpha=alpha, seed=seed, steps=regime.steps,
@@ -195,13 +198,10 @@ class Bench:
 
     def _measure(self, student: Any, split: str) -> dict[str, float]:
         tokenizer = self.tokenizers[0]
-        rows = self.rows[SPLITS[split]]
-        found = {
-            "bits_per_byte": bits_per_byte(student, tokenizer, rows, max_length=1024),
-            "agreement": math.nan,
-            "rouge_l": math.nan,
-            "other_bits_per_byte": math.nan,
-        }
+        rows = self.rows[SPLITS.get(split, slice(0))]
+        found = dict.fromkeys(MEASURES, math.nan)
+        if split in SPLITS:
+            found["bits_per_byte"] = bits_per_byte(student, tokenizer, rows, max_length=1024)
         if split == "test":
             found["other_bits_per_byte"] = bits_per_byte(
                 student, tokenizer, self.other, max_length=1024

@@ -15,7 +15,7 @@ class Run:
     setting: str
     regime: str
     variant: str
-    split: str  # "dev" or "test"
+    split: str  # "dev", "test", or "speed", which measures seconds and memory alone
     learning_rate: float
     alpha: float
     seed: int

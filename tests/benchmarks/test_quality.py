@@ -8,7 +8,8 @@ import math
 import pytest
 
 from benchmarks.quality import page
-from benchmarks.quality.__main__ import best, cases
+from benchmarks.quality.__main__ import best, cases, timings
+from benchmarks.quality.gradients import Pull
 from benchmarks.quality.settings import (
     ABLATIONS,
     FINER,
@@ -170,6 +171,32 @@ def test_the_overview_has_a_column_for_each_setting_and_marks_its_best():
         "| uld | **1.410** ± 0.006 |",
     ]
     assert page.overview([]) == "*Nothing has been measured yet.*"
+
+
+def test_what_a_step_costs_is_timed_alone_once_all_is_done():
+    settings, variants = [*SETTINGS], ["cross-entropy", "seqkd", "uld", "paper: bucket"]
+    done = []
+    while case := next(timings(done, settings, variants), None):
+        done.append(dataclasses.replace(made(case), seconds_a_step=1.0 + len(done)))
+    assert [(run.setting, run.variant) for run in done] == [
+        (setting, variant) for setting in SETTINGS for variant in ("cross-entropy", "uld")
+    ]
+    lines = page.costs(done).splitlines()
+    assert lines[0].startswith("| method | Pruned, from Qwen: s | Pruned, from Qwen: GiB |")
+    assert lines[2].startswith("| cross-entropy | 1.00 | 3.0 | 3.00 | 3.0 |")
+    assert page.costs([]) == "*Not measured yet.*"
+    assert page.overview(done) == "*Nothing has been measured yet.*"
+
+
+def test_the_table_of_pulls():
+    pulls = [
+        Pull("prune-qwen", "start", "respell", 12.345, 0.5),
+        Pull("chinese", "start", "x", 1, 1),
+    ]
+    assert page.pulls_table(pulls).splitlines()[2:] == [
+        "| respell | 12.3; 0.50 | – |", "| x | – | 1; 1.00 |",
+    ]  # fmt: skip
+    assert page.pulls_table([]) == "*Not measured yet.*"
 
 
 def test_the_curves_of_the_shares_are_of_the_dev_split(tmp_path):

@@ -8,8 +8,8 @@ import math
 import pytest
 
 from benchmarks.quality import __main__ as sweep
-from benchmarks.quality import accidents, run
-from benchmarks.quality.settings import ACCIDENTS, TRIES, Regime, Setting
+from benchmarks.quality import accidents, gradients, run
+from benchmarks.quality.settings import ACCIDENTS, REGIMES, SETTINGS, TRIES, Regime, Setting
 from benchmarks.quality.table import read
 from tests import tiny
 
@@ -54,6 +54,45 @@ def test_a_run_is_measured(setting, tmp_path, variant):
         assert all(row["completion"] != asked[row["prompt"]] for row in answered)
 
 
+def test_a_run_that_is_timed_is_not_measured(setting, tmp_path):
+    bench = run.Bench(setting, tmp_path / "runs")
+    made = bench.run("respell", REGIME, "speed", rate=1e-3, alpha=0.5, seed=0)
+    assert made.seconds_a_step > 0
+    assert math.isnan(made.bits_per_byte)
+    assert math.isnan(made.rouge_l)
+
+
+def test_gradients_of_every_term(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "SETTINGS", {"tiny": setting})
+    monkeypatch.setattr(gradients, "REGIMES", {"fresh": REGIME})
+    monkeypatch.setattr(gradients, "RATES", {"tiny": 1e-3})
+    file = tmp_path / "gradients.csv"
+    command = ["--settings", "tiny", "--csv", str(file), "--folder", str(tmp_path / "runs")]
+    gradients.main(command)
+    found = gradients.read(file)
+    assert [(x.student, x.term) for x in found] == [
+        (student, term) for student in ("start", "trained") for term in gradients.TERMS
+    ]
+    assert all(x.norm > 0 and -1 <= x.cosine <= 1 for x in found)
+    alone = {x.term: x.cosine for x in found if x.student == "start"}
+    assert alone["cross-entropy"] > 0.5
+    before = file.read_bytes()
+    gradients.main(command)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("name", "rows"), [("prune-qwen", 256), ("prune-gemma", 256), ("chinese", 116), ("same", 256)]
+)
+def test_as_many_rows_fit_as_the_page_says(name, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda name: tiny.student_model())
+    monkeypatch.setattr(run, "prune_layers", lambda model, layers: None)
+    bench = run.Bench(SETTINGS[name], tmp_path)
+    assert len(bench.train_rows(REGIMES["fresh"])) == rows
+    assert len(bench.other) == run.OTHER
+
+
 def test_every_method_sees_the_same_rows_in_the_same_order(setting, tmp_path, monkeypatch):
     seen = []
     original = run.SpanCollator.__call__
@@ -96,7 +135,7 @@ def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     assert "The same command goes on" in capsys.readouterr().out
     sweep.main(command)
     done = read(file)
-    assert [one.split for one in done] == ["dev"] * TRIES + ["test"] * 3
+    assert [one.split for one in done] == ["dev"] * TRIES + ["test"] * 3 + ["speed"]
     before = file.read_bytes()
     sweep.main(command)
     assert file.read_bytes() == before
