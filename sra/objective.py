@@ -140,6 +140,7 @@ RECIPES = {
         gamma=0.0, temperature=1.0, logit_state="end", outside="weight", normaliser="spans"
     ),
     "respell": Objective(
+        alpha=0.2,
         gamma=0.0,
         temperature=1.0,
         cosine=0.0,
