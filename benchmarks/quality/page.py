@@ -209,7 +209,9 @@ def pulls_table(pulls: Sequence[Pull]) -> str:
     for term in dict.fromkeys(pull.term for pull in pulls):
         found = {(pull.setting, pull.student): pull for pull in pulls if pull.term == term}
         cells = [
-            f"{found[key].norm:.3g}; {found[key].cosine:.2f}" if key in found else "–"
+            f"{found[key].norm:,.{0 if found[key].norm >= 100 else 2}f}; {found[key].cosine:.2f}"
+            if key in found
+            else "–"
             for key in columns
         ]
         lines.append(f"| {term} | {' | '.join(cells)} |")
