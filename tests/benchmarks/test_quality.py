@@ -190,11 +190,11 @@ def test_what_a_step_costs_is_timed_alone_once_all_is_done():
 
 def test_the_table_of_pulls():
     pulls = [
-        Pull("prune-qwen", "start", "respell", 12.345, 0.5),
-        Pull("chinese", "start", "x", 1, 1),
+        Pull("prune-qwen", "start", "respell", 12.34, 0.5),
+        Pull("chinese", "start", "x", 1e3, 1),
     ]
     assert page.pulls_table(pulls).splitlines()[2:] == [
-        "| respell | 12.3; 0.50 | – |", "| x | – | 1; 1.00 |",
+        "| respell | 12.34; 0.50 | – |", "| x | – | 1,000; 1.00 |",
     ]  # fmt: skip
     assert page.pulls_table([]) == "*Not measured yet.*"
 
