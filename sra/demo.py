@@ -248,11 +248,14 @@ def train(
 
 @torch.no_grad()
 def teacher_shared_mass(trainer: SRATrainer, rows: list[Row]) -> float | None:
-    """The teacher's probability of the shared vocabulary where the run's logit term asks for it."""
+    """The teacher's probability of the shared vocabulary, or of what the student can spell, where
+    the run's logit term asks for it."""
     run = trainer.distiller
-    if not isinstance(run.objective, Objective) or not run.objective.needs_teacher:
+    objective = run.objective
+    if not isinstance(objective, Objective) or not objective.needs_teacher:
         return None
-    objective = replace(run.objective, outside="weight", cosine=0.0, gamma=0.0)
+    if objective.outside == "renormalise":  # which does not compute it
+        objective = replace(objective, outside="weight", cosine=0.0, gamma=0.0)
     probe = SpanDistiller(run.student, run.teachers, objective, vocabulary=run.vocabularies)
     return float(probe(**trainer.data_collator(rows)).shared_mass)
 

@@ -66,7 +66,7 @@ MAX_TOKENS = 128  # rows are chosen to fit, so that a step takes seconds on two 
 SEEDS = (1, 2, 3)
 DEV_SEED = 0
 # A few steps of each method, the only ones that run alone on the machine; three warm up.
-SPEED = Regime("fresh", "what a step costs", rows=256, steps=11)
+SPEED = Regime("fresh", "what a step costs", rows=44, steps=11)
 
 Options = dict[str, Any]
 
