@@ -3,7 +3,8 @@
     python -m benchmarks.quality                      everything, and again to go on (half a day)
     python -m benchmarks.quality --minutes 110        starts no run after that
     python -m benchmarks.quality --speed              seconds and memory, alone on the machine
-    python -m benchmarks.quality --small              a part of it, under 20 minutes
+    python -m benchmarks.quality --small              one seed of some methods, at the rates and
+                                                      shares that the CSV chose; under 20 minutes
     python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
 
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
@@ -59,28 +60,28 @@ def best(runs: Sequence[Run]) -> Run:
 
 def cases(
     done: Sequence[Run], settings: Sequence[str], regimes: Sequence[Regime],
-    variants: Sequence[str], small: bool,
+    variants: Sequence[str], *, tuned: Sequence[Run] | None = None, seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Case]:  # fmt: skip
-    """What is missing, in order, as far as it is known; to be asked again after each run."""
+    """What is missing, in order, as far as it is known; to be asked again after each run.
+
+    tuned: runs on the dev split that say what to choose, so that none are to be made.
+    """
     for setting, regime, variant in itertools.product(settings, regimes, variants):
         parent = PARENTS.get(variant, variant)
         if variant in ABLATIONS and (setting, regime.name) not in ABLATED[parent]:
             continue
         mine = of(done, setting=setting, regime=regime.name, steps=regime.steps)
-        choice: tuple[float, float] | None = (RATES[2], 0.5)
-        if not small:
-            tuned_on = SETTINGS[setting].tuned_on
-            tried = of(
-                done, setting=tuned_on, regime=regime.name, steps=regime.steps, variant=parent,
-                split="dev",
-            )  # fmt: skip
-            for rate, alpha in tries(parent, tried):
-                if not of(tried, learning_rate=rate, alpha=alpha):
-                    yield tuned_on, regime, parent, "dev", rate, alpha, DEV_SEED
-            choice = chosen(tried)
-        if choice:
+        tuned_on = SETTINGS[setting].tuned_on
+        tried = of(
+            done if tuned is None else tuned, setting=tuned_on, regime=regime.name,
+            steps=regime.steps, variant=parent, split="dev",
+        )  # fmt: skip
+        for rate, alpha in tries(parent, tried) if tuned is None else ():
+            if not of(tried, learning_rate=rate, alpha=alpha):
+                yield tuned_on, regime, parent, "dev", rate, alpha, DEV_SEED
+        if choice := chosen(tried):
             seen = of(mine, variant=variant, split="test", learning_rate=choice[0], alpha=choice[1])
-            for seed in SEEDS[:1] if small else SEEDS:
+            for seed in seeds:
                 if not of(seen, seed=seed):
                     yield setting, regime, variant, "test", *choice, seed
 
@@ -143,13 +144,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = [*args.variants, *(ABLATIONS if args.ablations else ())]
     if args.small:
         settings, variants = ["prune-qwen"], [*SMALL]
-        regimes = [Regime(x.name, x.title, x.rows // 2, x.steps // 2) for x in regimes]
     began, bench = time.perf_counter(), None
 
     def missing() -> Iterator[Case]:
         done = read(csv)
-        if not args.speed:
-            yield from cases(done, settings, regimes, variants, args.small)
+        if args.small:
+            yield from cases(done, settings, regimes, variants, tuned=read(CSV), seeds=SEEDS[:1])
+        elif not args.speed:
+            yield from cases(done, settings, regimes, variants)
         if args.speed or (settings == [*SETTINGS] and not args.small):
             yield from timings(done, settings, variants)
 

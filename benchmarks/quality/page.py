@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.gradients import Pull
+from benchmarks.quality.gradients import TERMS, Pull
 from benchmarks.quality.settings import (
     ABLATIONS,
     ANSWER,
@@ -206,7 +206,7 @@ def pulls_table(pulls: Sequence[Pull]) -> str:
     columns = [*dict.fromkeys((pull.setting, pull.student) for pull in pulls)]
     titles = [f"{SETTINGS[setting].title}, {student}" for setting, student in columns]
     lines = ["| term | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
-    for term in dict.fromkeys(pull.term for pull in pulls):
+    for term in (term for term in TERMS if any(pull.term == term for pull in pulls)):
         found = {(pull.setting, pull.student): pull for pull in pulls if pull.term == term}
         cells = [
             f"{found[key].norm:,.{0 if found[key].norm >= 100 else 2}f}; {found[key].cosine:.2f}"

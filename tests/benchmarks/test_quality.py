@@ -41,8 +41,7 @@ def made(case, bits=1.0, **changes):
 def sweep(score, variants, **options):
     """Every run of one setting and regime, in order, with the score that `score` gives each."""
     done = []
-    given = {"small": False, **options}
-    while case := next(cases(done, ["prune-qwen"], [REGIMES["fresh"]], variants, **given), None):
+    while case := next(cases(done, ["prune-qwen"], [REGIMES["fresh"]], variants, **options), None):
         done.append(made(case, score(case)))
         assert len(done) < 100
     return done
@@ -85,14 +84,14 @@ def test_an_ablation_takes_what_was_chosen_for_its_recipe():
     done = sweep(lambda case: case[4], ["paper: logit"])
     assert [run.variant for run in done] == ["paper"] * TRIES + ["paper: logit"] * 3
     assert {(run.learning_rate, run.alpha) for run in done[TRIES:]} == {(1e-4, 0.5)}
-    assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"], False)] == []
+    assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"])] == []
     assert set(PARENTS) == set(ABLATIONS)
     assert set(PARENTS.values()) <= set(OURS)
 
 
 def test_settings_of_one_student_share_what_was_chosen():
     done = sweep(lambda case: case[4], ["uld"])
-    more = [*cases(done, ["prune-gemma"], [REGIMES["fresh"]], ["uld"], False)]
+    more = [*cases(done, ["prune-gemma"], [REGIMES["fresh"]], ["uld"])]
     assert [(case[0], case[3]) for case in more] == [("prune-gemma", "test")] * len(SEEDS)
     assert {case[4] for case in more} == {1e-4}
     for setting in SETTINGS.values():
@@ -102,11 +101,12 @@ def test_settings_of_one_student_share_what_was_chosen():
         )  # fmt: skip
 
 
-def test_small_runs_each_method_once():
-    done = sweep(lambda case: 1.0, ["cross-entropy", "uld"], small=True)
-    assert [(run.variant, run.split, run.learning_rate) for run in done] == [
-        ("cross-entropy", "test", 1e-3), ("uld", "test", 1e-3),
-    ]  # fmt: skip
+def test_small_runs_one_seed_of_each_method_at_what_was_chosen():
+    tuned = sweep(lambda case: abs(case[4] - 1e-4) + abs(case[5] - 0.8), ["uld"])
+    done = sweep(lambda case: 1.0, ["cross-entropy", "uld"], tuned=tuned, seeds=(1,))
+    assert [(run.variant, run.split, run.learning_rate, run.alpha, run.seed) for run in done] == [
+        ("uld", "test", 1e-4, 0.8, 1),  # of the other, nothing is known
+    ]
 
 
 def test_the_csv_gives_back_what_was_written(tmp_path):
@@ -191,10 +191,10 @@ def test_what_a_step_costs_is_timed_alone_once_all_is_done():
 def test_the_table_of_pulls():
     pulls = [
         Pull("prune-qwen", "start", "respell", 12.34, 0.5),
-        Pull("chinese", "start", "x", 1e3, 1),
+        Pull("chinese", "start", "cross-entropy", 1e3, 1),
     ]
     assert page.pulls_table(pulls).splitlines()[2:] == [
-        "| respell | 12.34; 0.50 | – |", "| x | – | 1,000; 1.00 |",
+        "| cross-entropy | – | 1,000; 1.00 |", "| respell | 12.34; 0.50 | – |",
     ]  # fmt: skip
     assert page.pulls_table([]) == "*Not measured yet.*"
 
