@@ -306,7 +306,8 @@ class SpanDistiller(nn.Module):
                 return teacher.states(**inputs, layers=layers, mass=mass)
             width = state_width(teacher, -1)
             hidden = batch["input_ids"].new_zeros(1, 1, width, dtype=torch.float32)
-            return States((hidden,) * len(layers), (hidden[..., 0],) * len(layers))
+            count = len(layers)
+            return States((hidden,) * count, (hidden[..., 0],) * count if mass else ())
         if not inputs["input_ids"].numel():
             # No row of this batch is for this teacher. It runs all the same: the shards of one that
             # is sharded are gathered by all ranks together.

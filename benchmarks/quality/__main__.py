@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     csv = args.csv or (SMALL_CSV if args.small else CSV)
     if args.page:
-        page.write(read(csv), gradients.read())
+        page.write(read(csv), read(gradients.CSV, gradients.Pull))
         return
     logging.disable_progress_bar()
     keep_freed_memory()
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             page.tables(runs, [*settings], [x.name for x in regimes]), page.costs(runs), sep="\n\n"
         )
     else:
-        page.write(read(csv), gradients.read())
+        page.write(read(csv), read(gradients.CSV, gradients.Pull))
 
 
 if __name__ == "__main__":

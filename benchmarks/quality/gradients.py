@@ -11,9 +11,8 @@ benchmarks/results/gradients.csv, what it lacks.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from benchmarks.quality.run import SPLITS, Bench, Clock
+from benchmarks.quality.run import SPLITS, Bench
 from benchmarks.quality.settings import BATCH, DEV_SEED, REGIMES, SETTINGS
+from benchmarks.quality.table import append, read
 from sra import SpanDistiller, recipe
 from sra.allocator import keep_freed_memory
 from sra.baselines import baseline
@@ -64,28 +64,6 @@ class Pull:
     term: str
     norm: float
     cosine: float
-
-
-def read(path: Path = CSV) -> list[Pull]:
-    """Every row of the CSV; none if it is not there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            Pull(row["setting"], row["student"], row["term"], float(row["norm"]),
-                 float(row["cosine"]))
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
-
-
-def append(path: Path, pull: Pull) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [x.name for x in fields(Pull)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v
-                         for k, v in asdict(pull).items()})  # fmt: skip
 
 
 def pulls(bench: Bench, student: Any, name: str, terms: Sequence[str]) -> Iterator[Pull]:
@@ -134,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for setting in args.settings:
         bench = Bench(SETTINGS[setting], args.folder)
         for name in ("start", "trained"):
-            known = {x.term for x in read(args.csv) if (x.setting, x.student) == (setting, name)}
+            known = {
+                x.term for x in read(args.csv, Pull) if (x.setting, x.student) == (setting, name)
+            }
             missing = [term for term in TERMS if term not in known]
             if not missing:
                 continue
@@ -142,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name == "trained":
                 student = bench.trained(
                     "cross-entropy", REGIMES["fresh"], rate=RATES[setting], alpha=0.5,
-                    seed=DEV_SEED, clock=Clock(),
+                    seed=DEV_SEED,
                 )  # fmt: skip
             for pull in pulls(bench, student, name, missing):
                 append(args.csv, pull)

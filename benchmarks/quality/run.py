@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ class Bench:
         """Train one student, and measure it."""
         clock = Clock()
         try:
-            student = self.trained(variant, regime, rate=rate, alpha=alpha, seed=seed, clock=clock)
+            student = self.trained(
+                variant, regime, rate=rate, alpha=alpha, seed=seed, callbacks=[clock]
+            )
             found = self._measure(student, split)
         except RuntimeError as error:
             if "not finite" not in str(error):
@@ -142,7 +145,14 @@ class Bench:
         )  # fmt: skip
 
     def trained(
-        self, variant: str, regime: Regime, *, rate: float, alpha: float, seed: int, clock: Clock
+        self,
+        variant: str,
+        regime: Regime,
+        *,
+        rate: float,
+        alpha: float,
+        seed: int,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> Any:
         """A student of this variant, ready to be asked.
 
@@ -167,7 +177,8 @@ class Bench:
         student = self.untrained()
         trainer = self._trainer(variant, student, config, rows)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(clock)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         try:
             trainer.train()
         finally:

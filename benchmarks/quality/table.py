@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,27 @@ class Run:
 _KINDS = {"str": str, "float": float, "int": int}
 
 
-def read(path: Path) -> list[Run]:
-    """Every run of a CSV; none if it is not there."""
+def read(path: Path, kind: type[Any] = Run) -> list[Any]:
+    """Every row of a CSV, as a dataclass; none if it is not there."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return [
-            Run(**{field.name: _KINDS[str(field.type)](row[field.name]) for field in fields(Run)})
+            kind(**{x.name: _KINDS[str(x.type)](row[x.name]) for x in fields(kind)})
             for row in csv.DictReader(file)
         ]
 
 
-def append(path: Path, run: Run) -> None:
+def append(path: Path, row: Any) -> None:
+    """One more row, of a dataclass."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Run)], lineterminator="\n")
+        writer = csv.DictWriter(file, [x.name for x in fields(row)], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
-                         for k, v in asdict(run).items()})  # fmt: skip
+                         for k, v in asdict(row).items()})  # fmt: skip
 
 
 def of(runs: Sequence[Run], **wanted: object) -> list[Run]:

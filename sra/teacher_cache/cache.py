@@ -74,18 +74,17 @@ class _Remembered(ABC):
         else:  # a batch that routes no row here
             width = head_of(self).weight.shape[1]
             like = States((torch.empty(0, width, dtype=self.dtype),), (torch.empty(0),))
-        width = like.hidden[0].shape[1]
-        hidden, masses = [], []
-        for i in range(len(layers)):
-            states = like.hidden[0].new_zeros(len(ids), width)
-            for at, row in zip(where, rows, strict=True):
-                states[at] = row.hidden[i]
-            hidden.append(states.view(*input_ids.shape, width).to(input_ids.device))
-        for i in range(len(layers) if mass else 0):
-            weights = like.mass[0].new_zeros(len(ids))
-            for at, row in zip(where, rows, strict=True):
-                weights[at] = row.mass[i]
-            masses.append(weights.view(input_ids.shape).to(input_ids.device))
+
+        def whole(parts: list[Tensor], like: Tensor) -> Tensor:
+            """The batch, with each sequence's part in its place."""
+            out = like.new_zeros(len(ids), *like.shape[1:])
+            for at, part in zip(where, parts, strict=True):
+                out[at] = part
+            return out.view(*input_ids.shape, *like.shape[1:]).to(input_ids.device)
+
+        each = range(len(layers))
+        hidden = [whole([row.hidden[i] for row in rows], like.hidden[0]) for i in each]
+        masses = [whole([row.mass[i] for row in rows], like.mass[0]) for i in each if mass]
         return States(tuple(hidden), tuple(masses))
 
 

@@ -69,7 +69,7 @@ def test_gradients_of_every_term(setting, tmp_path, monkeypatch):
     file = tmp_path / "gradients.csv"
     command = ["--settings", "tiny", "--csv", str(file), "--folder", str(tmp_path / "runs")]
     gradients.main(command)
-    found = gradients.read(file)
+    found = read(file, gradients.Pull)
     assert [(x.student, x.term) for x in found] == [
         (student, term) for student in ("start", "trained") for term in gradients.TERMS
     ]

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from sra import objective
 from sra.commands import doctor
 from tests import tiny
 
@@ -52,6 +53,14 @@ def test_measured_steps(pair, data, capsys):
     assert "measured" in said
     assert "bits per byte" in said
     assert "the teacher gives what the student can spell" in said
+
+
+def test_the_recipes_are_those_of_the_objective():
+    parser = argparse.ArgumentParser()
+    doctor.add(parser.add_subparsers())
+    args = parser.parse_args(["doctor", "a", "b", "--data", "c"])
+    assert args.recipe == objective.DEFAULT
+    assert {*doctor.RECIPES} == {*objective.RECIPES}
 
 
 def test_a_count_that_is_none(pair, data):
