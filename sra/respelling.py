@@ -10,7 +10,7 @@ token of the student that is a prefix of its bytes.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,19 +47,39 @@ def respelled_kl(
     at = places(student, teacher, offsets, spelt)
     shared = []
 
+    def teacher_logits(rows: Tensor) -> Tensor:
+        return teacher.head.logits(teacher.hidden[rows])
+
     def divergence(states: Tensor, head: Head, part: slice) -> Tensor:
-        with torch.no_grad():
-            here = Places(*(x[part] for x in at))
-            target, weight = targets(teacher, here, spelt, temperature, len(head.weight))
-            shared.append(weight[here.nodes == 0])
-            said = target.log_().mul_(temperature)
-        kl = span_kl(head.logits(states), said, temperature=temperature, direction="forward")
-        return (weight * kl).sum()
+        here = Places(*(x[part] for x in at))
+        logits = head.logits(states)
+        kl, known = respelled_kl_of_logits(logits, teacher_logits, here, spelt, temperature)
+        shared.append(known)
+        return kl.sum()
 
     total = sum_by_chunks(divergence, student.hidden[at.rows], student.head)
     if not shared:
         return total, total.detach()
     return total, torch.cat(shared).mean() * len(student.spans)
+
+
+def respelled_kl_of_logits(
+    student_logits: Tensor,
+    teacher_logits: Callable[[Tensor], Tensor],
+    at: Places,
+    spelt: Trie | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """weight * KL of each place, ``[P]``; and the weights where both sides end a token.
+
+    student_logits: ``[P, Vs]``.
+    teacher_logits: makes ``[U, Vt]`` of so many of its rows, in float32 or wider.
+    """
+    with torch.no_grad():
+        target, weight = targets(teacher_logits, at, spelt, temperature, student_logits.shape[1])
+        said = target.log_().mul_(temperature)
+    kl = span_kl(student_logits, said, temperature=temperature, direction="forward")
+    return weight * kl, weight[at.nodes == 0]
 
 
 class Places(NamedTuple):
@@ -75,44 +95,60 @@ class Places(NamedTuple):
 
 
 def places(student: Side, teacher: Side, offsets: Tensor, spelt: Trie | None) -> Places:
-    """The start of each span; what follows the last one of each sequence; and, inside a span, what
-    goes on as long as the student spells the first of the teacher's tokens there."""
+    """The start of each span, what follows the last one of each sequence, and those inside."""
     known = ~(student.first[student.spans[:, 0]] | teacher.first[teacher.spans[:, 0]])
-    own, other = student.spans[known], teacher.spans[known]
-    last = offsets[1:][offsets.diff() > 0].to(own.device) - 1
-    root = torch.zeros_like(own[:, 0])
-    found = [
-        Places(own[:, 0] - 1, other[:, 0] - 1, root),
-        Places(student.spans[last, 1] - 1, teacher.spans[last, 1] - 1, torch.zeros_like(last)),
-    ]
+    last = offsets[1:][offsets.diff() > 0].to(known.device) - 1
+    own, other = (
+        torch.cat([side.spans[known, 0], side.spans[last, 1]]) - 1 for side in (student, teacher)
+    )
+    found = [Places(own, other, torch.zeros_like(own))]
     if spelt is not None:
-        row, stop, at, node = own[:, 0], own[:, 1] - 1, other[:, 0] - 1, root
-        rank = spelt.rank[teacher.ids[other[:, 0]]]
-        for _ in range(DEPTH - 1):
-            child, there = spelt.child(node, student.ids[row])
-            there &= row < stop
-            row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, child + 1))
-            # Those of the teacher's tokens that end here stand before those that go on.
-            low = spelt.ranges[spelt.first[node].clamp(max=len(spelt.ranges) - 1), 0]
-            high = spelt.ranges[node - 1, 1]
-            there = (spelt.first[node + 1] > spelt.first[node]) & (low <= rank) & (rank < high)
-            row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, node))
-            if not len(row):
-                break
-            found.append(Places(row, at, node))
-            row = row + 1
+        spans = student.spans[known], teacher.spans[known]
+        found += inside(student.ids, teacher.ids, *spans, spelt)
+    return in_order(found)
+
+
+def inside(
+    student_ids: Tensor, teacher_ids: Tensor, own: Tensor, other: Tensor, spelt: Trie
+) -> list[Places]:
+    """Inside spans ``[S, 2]``, what goes on as long as the student spells the first of the
+    teacher's tokens there."""
+    row, stop, at, node = own[:, 0], own[:, 1] - 1, other[:, 0] - 1, torch.zeros_like(own[:, 0])
+    rank = spelt.rank[teacher_ids[other[:, 0]]]
+    found = []
+    for _ in range(DEPTH - 1):
+        child, there = spelt.child(node, student_ids[row])
+        there &= row < stop
+        row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, child + 1))
+        # Those of the teacher's tokens that end here stand before those that go on.
+        low = spelt.ranges[spelt.first[node].clamp(max=len(spelt.ranges) - 1), 0]
+        high = spelt.ranges[node - 1, 1]
+        there = (spelt.first[node + 1] > spelt.first[node]) & (low <= rank) & (rank < high)
+        row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, node))
+        if not len(row):
+            break
+        found.append(Places(row, at, node))
+        row = row + 1
+    return found
+
+
+def in_order(found: Sequence[Places]) -> Places:
+    """In the order of the text, so that those of one state of the teacher are neighbours."""
     every = Places(*(torch.cat(x) for x in zip(*found, strict=True)))
-    # In the order of the text, so that those of one state of the teacher are neighbours.
     order = every.rows.argsort()
     return Places(*(x[order] for x in every))
 
 
 def targets(
-    teacher: Side, at: Places, spelt: Trie | None, temperature: float, size: int
+    logits: Callable[[Tensor], Tensor],
+    at: Places,
+    spelt: Trie | None,
+    temperature: float,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
     """``[P, size]``, probabilities of the student's tokens up to a factor; and weights ``[P]``."""
     others, which = at.others.unique_consecutive(return_inverse=True)
-    chances = teacher.head.logits(teacher.hidden[others]).div_(temperature).softmax(dim=-1)
+    chances = logits(others).div_(temperature).softmax(dim=-1)
     if spelt is None:
         return chances[which], chances.new_ones(len(which))
     begin_with = by_first_token if chances.device.type == "cpu" else by_spans_of_entries

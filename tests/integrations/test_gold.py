@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
-from sra import SharedVocabulary, SpanAligner
+from sra import SharedVocabulary, SpanAligner, SpanDistiller, recipe
 from sra.token_bytes import byte_tokenizer
 from sra_kernels import span_kl
 from tests import real_tokenizers, tiny
@@ -92,7 +93,7 @@ TEACHER_LABELS = torch.tensor([[IGNORED, 3, 4, 3, 0]])
 )
 def test_the_positions_by_hand(skip, student_at, teacher_at):
     loss = SpanULDLoss(STUDENT, TEACHER, skip_student_eos=skip, skip_teacher_eos=skip)
-    pairs = loss.pairs(STUDENT_LABELS[0].numpy(), TEACHER_LABELS[0].numpy())
+    pairs = loss.aligner(STUDENT_LABELS[0].numpy(), TEACHER_LABELS[0].numpy())
     assert pairs.student.tolist() == student_at
     assert pairs.teacher.tolist() == teacher_at
     assert pairs.coverage == 1
@@ -119,6 +120,78 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(student.grad[0], want, rtol=0, atol=1e-15)
 
 
+def test_respelt_by_hand():
+    """The completion "bca": student b|c|a, teacher bc|a. Before b and before a both ends answer the
+    same question; behind b the student is to go on with c, as the teacher's "bc" does."""
+    student = letters(["</s>", "a", "b", "c"], [])
+    labels = torch.tensor([[IGNORED, IGNORED, 2, 3, 1, 0]])
+    others = torch.tensor([[IGNORED, 4, 3, 0]])
+    logits = torch.zeros(1, 6, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.full((1, 4, 5), 1 / 5, dtype=torch.float64)
+    teacher[0, 0] = torch.tensor([0, 1, 2, 1, 4]) / 8  # </s>, c, b, a, bc
+    teacher[0, 1] = torch.tensor([4, 0, 0, 4, 0]) / 8
+    seen = {}
+    respelt = SpanULDLoss(student, TEACHER, outside="respell", log=seen.__setitem__)
+    loss = respelt(logits, teacher.log(), labels, others, None, None)
+    # Without opinion: 2 bits. Before b: 3/4 b, 1/8 a, 1/8 c, of 1.06 bits. Behind it: c, for what
+    # goes on of "b" and "bc", 4 of 6. Before a: a half each for a and the end, 1 bit.
+    bits = 2 + 0.75 * math.log2(0.75) - 0.75, (4 / 6) * 2, 1.0
+    assert loss.item() == pytest.approx(sum(bits) * math.log(2) / 4, rel=1e-12)
+    assert seen == {"span_coverage": 1, "shared_mass": pytest.approx(1)}
+    loss.backward()
+    want = torch.zeros(6, 4, dtype=torch.float64)
+    want[1] = torch.tensor([1 / 4, 1 / 8, -1 / 2, 1 / 8]) / 4
+    want[2] = torch.tensor([1 / 6, 1 / 6, 1 / 6, -1 / 2], dtype=torch.float64) / 4
+    want[3] = torch.tensor([-1 / 4, -1 / 4, 1 / 4, 1 / 4]) / 4
+    torch.testing.assert_close(logits.grad[0], want, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("chunk", [7, 256])
+def test_respelt_as_the_distiller_does_it(monkeypatch, chunk):
+    """From the ids and logits alone, the logit term of recipe("respell")."""
+    monkeypatch.setattr("sra.trl.gold.ROWS", chunk)
+    batch = tiny.collator()(tiny.ROWS)
+    student, teacher = tiny.student_model(torch.float64), tiny.teacher_model(torch.float64)
+    vocabulary = SharedVocabulary(
+        tiny.student_tokenizer(), tiny.teacher_tokenizer(), match="normalised",
+        student_rows=tiny.STUDENT_ROWS, teacher_rows=tiny.TEACHER_ROWS,
+    )  # fmt: skip
+    distiller = SpanDistiller(student, teacher, recipe("respell"), vocabulary=vocabulary)
+    own, other = batch, batch["teachers"][0]
+    labels = torch.full_like(other["input_ids"], IGNORED)
+    spans = other["teacher_spans"]
+    for begin, end in itertools.pairwise(other["span_offsets"].tolist()):
+        completion = slice(spans[begin, 0], spans[end - 1, 1] + 1)  # and its end of sequence
+        labels.view(-1)[completion] = other["input_ids"].view(-1)[completion]
+    logits = [
+        model(side["input_ids"], attention_mask=side["attention_mask"]).logits
+        for model, side in ((student, own), (teacher, other))
+    ]
+    loss = SpanULDLoss(
+        tiny.student_tokenizer(), tiny.teacher_tokenizer(), outside="respell",
+        skip_student_eos=False, skip_teacher_eos=False,
+    )(*logits, own["labels"], labels, None, None)  # fmt: skip
+    torch.testing.assert_close(loss, distiller(**batch).logit)
+
+
+def test_respelt_goes_forward_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"Set beta=0\.0 in GOLDConfig"):
+        SpanULDLoss.for_trainer(gold_trainer(tmp_path, beta=0.5), outside="respell")
+
+
+def test_another_turn_inside_a_span():
+    """Tokens of a turn that is not learnt stand between those of "bc": nothing inside it."""
+    student = letters(["</s>", "a", "b", "c"], [])
+    aligner = SpanULDLoss(student, TEACHER).aligner
+    for gap in (0, 2):
+        labels = np.array([IGNORED, 2, *[IGNORED] * gap, 3, 1])
+        pairs = aligner(labels, np.array([IGNORED, 4, 3]))
+        spans = [[1, 3], [3, 4]] if not gap else [[5, 6]]
+        assert pairs.student_spans.tolist() == spans
+        assert pairs.teacher_spans.tolist() == ([[1, 2], [2, 3]] if not gap else [[2, 3]])
+        assert pairs.student.tolist() == [0, 2 + gap]
+
+
 def test_cross_entropy_and_weights():
     torch.manual_seed(0)
     student, teacher = torch.randn(1, 6, 5), torch.randn(1, 5, 5)
@@ -129,12 +202,14 @@ def test_cross_entropy_and_weights():
     torch.testing.assert_close(both, 0.25 * ce + 3 * kl)
 
 
-def test_nothing_to_compare():
+@pytest.mark.parametrize("outside", ["weight", "respell"])
+def test_nothing_to_compare(outside):
     labels = torch.full((1, 4), IGNORED)
     student = torch.randn(1, 4, 5, requires_grad=True)
-    loss = SpanULDLoss(STUDENT, TEACHER)(student, torch.randn(1, 4, 5), labels, labels, None, None)
-    loss.backward()
-    assert loss.item() == 0
+    loss = SpanULDLoss(STUDENT, TEACHER, outside=outside)
+    nothing = loss(student, torch.randn(1, 4, 5), labels, labels, None, None)
+    nothing.backward()
+    assert nothing.item() == 0
     assert not student.grad.any()
 
 
@@ -146,7 +221,7 @@ TEXTS = [row["completion"] for row in tiny.ROWS] + [" two  spaces ", "\tx\n\n", 
 def assert_pairs_are_the_aligners(student, teacher, texts):
     """From the ids alone as the aligner has them from the text; 3 tokens stand before it."""
     loss = SpanULDLoss(student, teacher)
-    aligner = SpanAligner(loss.student, loss.teacher)
+    aligner = SpanAligner(student, teacher)
     for text in texts:
         table = aligner(text)
         want = list(zip(table.student[:, 0].tolist(), table.teacher[:, 0].tolist(), strict=True))
@@ -157,7 +232,7 @@ def assert_pairs_are_the_aligners(student, teacher, texts):
             np.concatenate([np.full(3, IGNORED), ids])
             for ids in (table.student_ids, table.teacher_ids)
         ]
-        pairs = loss.pairs(*labels)
+        pairs = loss.aligner(*labels)
         got = list(zip(pairs.student.tolist(), pairs.teacher.tolist(), strict=True))
         assert got == [(s + 2, t + 2) for s, t in want], text
         assert pairs.coverage == pytest.approx(table.coverage), text
@@ -224,12 +299,13 @@ def logged(trainer, key):
     return [log[key] for log in trainer.state.log_history if key in log]
 
 
+@pytest.mark.parametrize("outside", ["weight", "respell"])
 @pytest.mark.parametrize("on_policy", [0.0, 1.0], ids=["off-policy", "on-policy"])
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_two_steps(tmp_path, kind, on_policy):
+def test_two_steps(tmp_path, kind, on_policy, outside):
     teacher_tokenizer = sentencepiece_tokenizer() if kind == "sentencepiece" else None
     trainer = gold_trainer(tmp_path, teacher_tokenizer, lmbda=on_policy)
-    trainer.uld_loss_fn = SpanULDLoss.for_trainer(trainer)
+    trainer.uld_loss_fn = SpanULDLoss.for_trainer(trainer, outside=outside)
     before = trainer.evaluate()["eval_loss"]
     start = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
@@ -237,6 +313,8 @@ def test_two_steps(tmp_path, kind, on_policy):
     assert len(losses) == 2
     assert all(math.isfinite(x) and x > 0 for x in losses)
     assert all(0.2 < x < 1 for x in logged(trainer, "shared_mass"))
+    if outside == "respell" and kind == "byte-level":
+        assert all(0.9 < x < 1 for x in logged(trainer, "shared_mass"))
     assert min(logged(trainer, "span_coverage")) > 0.9
     assert any(
         (p - q).abs().max() > 1e-4 for p, q in zip(trainer.model.parameters(), start, strict=True)
@@ -311,7 +389,8 @@ def test_what_it_cannot_be(tmp_path, options, message):
 
 def test_the_vocabulary_is_of_the_heads(tmp_path):
     loss = SpanULDLoss(tiny.student_tokenizer(), tiny.teacher_tokenizer())
-    shared = loss._shared(tiny.STUDENT_ROWS, tiny.TEACHER_ROWS, "cpu")
+    heads = torch.empty(1, 1, tiny.STUDENT_ROWS), torch.empty(1, 1, tiny.TEACHER_ROWS)
+    shared = loss._shared(*heads)
     want = SharedVocabulary(tiny.student_tokenizer(), tiny.teacher_tokenizer(), match="normalised")
-    assert torch.equal(shared[0], want.student_ids)
-    assert torch.equal(shared[1], want.teacher_ids)
+    assert torch.equal(shared.student_ids, want.student_ids)
+    assert torch.equal(shared.teacher_ids, want.teacher_ids)

@@ -122,8 +122,9 @@ def test_a_target_sums_to_its_weight_and_the_rest_is_not_taught():
     """The text "" has no spelling; behind "a", the tokens "ab" and "abc" go on and "a" ends."""
     student, teacher, offsets = sides(["ab"])
     at = places(student, teacher, offsets, TREE)
-    target, weight = targets(teacher, at, TREE, 1.0, len(LETTERS))
-    chances = teacher.head.logits(teacher.hidden[:1])[0].softmax(0)
+    logits = teacher.hidden @ teacher.head.weight.T
+    target, weight = targets(lambda rows: logits[rows], at, TREE, 1.0, len(LETTERS))
+    chances = logits[0].softmax(0)
     torch.testing.assert_close(weight[0], 1 - chances[TEXTS.index("")])
     a, ab, abc = (chances[TEXTS.index(text)] for text in ("a", "ab", "abc"))
     torch.testing.assert_close(weight[1], (ab + abc) / (a + ab + abc))
