@@ -10,6 +10,7 @@
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
 as many tries for each; then three seeds are measured on the test split. Settings with the same
 student share what was chosen, and an ablation takes what was chosen for the recipe that it changes.
+The students as they start and the teachers are measured too.
 
 Two commands with different --settings may run side by side into one CSV.
 """
@@ -30,6 +31,7 @@ from benchmarks.quality.run import Bench
 from benchmarks.quality.settings import (
     ABLATED,
     ABLATIONS,
+    BOUNDS,
     DEV_SEED,
     FINER,
     MAIN,
@@ -41,6 +43,7 @@ from benchmarks.quality.settings import (
     SHARES,
     SPEED,
     TRIES,
+    UNTRAINED,
     Regime,
     has_share,
 )
@@ -86,6 +89,13 @@ def cases(
                     yield setting, regime, variant, "test", *choice, seed
 
 
+def bounds(done: Sequence[Run], settings: Sequence[str]) -> Iterator[Case]:
+    """Students before any training, and teachers, that have not been measured yet."""
+    for setting, name in itertools.product(settings, BOUNDS):
+        if not of(done, setting=setting, variant=name):
+            yield setting, UNTRAINED, name, "test", 0.0, 0.0, DEV_SEED
+
+
 def timings(
     done: Sequence[Run], settings: Sequence[str], variants: Sequence[str]
 ) -> Iterator[Case]:
@@ -125,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--regimes", nargs="*", choices=REGIMES, default=[*REGIMES])
-    parser.add_argument("--variants", nargs="*", choices=[*MAIN, *ABLATIONS], default=[*MAIN])
+    parser.add_argument("--variants", nargs="*", choices=[*MAIN, *ABLATIONS], default=[*MAIN],
+                        help="none: students and teachers as they are")  # fmt: skip
     parser.add_argument("--ablations", action="store_true", help="the ablations too")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after that")
     parser.add_argument("--speed", action="store_true", help="time a few steps of each")
@@ -151,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.small:
             yield from cases(done, settings, regimes, variants, tuned=read(CSV), seeds=SEEDS[:1])
         elif not args.speed:
+            yield from bounds(done, settings)
             yield from cases(done, settings, regimes, variants)
         if args.speed or (settings == [*SETTINGS] and not args.small):
             yield from timings(done, settings, variants)

@@ -16,6 +16,7 @@ from benchmarks.quality.settings import (
     ANSWERED,
     BATCH,
     BETA2,
+    BOUNDS,
     FINER,
     MAIN,
     MAX_TOKENS,
@@ -27,6 +28,7 @@ from benchmarks.quality.settings import (
     SHARES,
     TEST,
     TRIES,
+    UNTRAINED,
     WARMUP,
 )
 from benchmarks.quality.table import Run, of
@@ -66,7 +68,8 @@ def tables(runs: Sequence[Run], settings: Sequence[str], regimes: Sequence[str])
             found = of(runs, setting=setting, regime=regime, split="test")
             if found:
                 title = f"{SETTINGS[setting].title}: {REGIMES[regime].title}"
-                parts.append(f"### {title}\n\n{_table(found, [*MAIN])}")
+                between = of(runs, setting=setting, regime=UNTRAINED.name)
+                parts.append(f"### {title}\n\n{_table([*found, *between], [*MAIN, *BOUNDS])}")
                 if of_ablations := [run for run in found if run.variant in ABLATIONS]:
                     names = ["cross-entropy", *OURS, *ABLATIONS]
                     parents = [run for run in found if run.variant in names[: 1 + len(OURS)]]
@@ -85,12 +88,15 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
         "| method | " + " | ".join(titles) + " | below cross-entropy | rate | alpha | seeds |",
         "|---|" + "---|" * (len(titles) + 4),
     ]
-    for name in order:
+    for name in [*(x for x in order if x not in BOUNDS), *(x for x in BOUNDS if x in groups)]:
         group = groups[name]
         cells = [
             _cell(mean_and_error([getattr(run, field) for run in group]), digits)
             for field, _, digits in COLUMNS
         ]
+        if name in BOUNDS:
+            lines.append(f"| {BOUNDS[name]} | {' | '.join(cells)} |  |  |  |  |")
+            continue
         less = "" if name == "cross-entropy" else _cell(difference(group, reference), 4)
         chosen = group[0]
         alpha = f"{chosen.alpha:g}" if MAIN.get(name, {}).get("recipe") != "cross-entropy" else ""
@@ -154,6 +160,11 @@ def overview(runs: Sequence[Run]) -> str:
             cells.append(cell)
         if set(cells) != {"–"}:
             lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, title in BOUNDS.items():
+        bound = [_bits(of(runs, setting=setting, variant=name)) for setting, _, _ in columns]
+        if any(bound):
+            cells = [_cell(mean_and_error(values), 3) for values in bound]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

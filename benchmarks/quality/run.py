@@ -126,13 +126,18 @@ class Bench:
     def run(
         self, variant: str, regime: Regime, split: str, *, rate: float, alpha: float, seed: int
     ) -> Run:
-        """Train one student, and measure it."""
+        """Train one student, and measure it; or measure what stands before and beside all."""
         clock = Clock()
         try:
-            student = self.trained(
-                variant, regime, rate=rate, alpha=alpha, seed=seed, callbacks=[clock]
-            )
-            found = self._measure(student, split)
+            if variant == "teacher":
+                found = self._measure_teacher()
+            elif variant == "start":
+                found = self._measure(self.untrained().eval(), split)
+            else:
+                student = self.trained(
+                    variant, regime, rate=rate, alpha=alpha, seed=seed, callbacks=[clock]
+                )
+                found = self._measure(student, split)
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
@@ -214,18 +219,30 @@ class Bench:
         if split in SPLITS:
             found["bits_per_byte"] = bits_per_byte(student, tokenizer, rows, max_length=1024)
         if split == "test":
-            found["other_bits_per_byte"] = bits_per_byte(
-                student, tokenizer, self.other, max_length=1024
-            )
             found["agreement"] = span_agreement(
                 student, self.teacher, rows, self.collator, self.vocabulary(student)
             )
-            answers = evaluate(
-                student, tokenizer, rows[:ANSWERED], metrics=["rouge_l"], greedy=True,
-                batch_size=ANSWERED, max_prompt_length=MAX_TOKENS, max_length=MAX_TOKENS + ANSWER,
-            )  # fmt: skip
-            found["rouge_l"] = answers["rouge_l"]["mean"]
+            found |= self._measure_more(student, tokenizer, rows)
         return found
+
+    def _measure_teacher(self) -> dict[str, float]:
+        teacher = load_model(self.setting.teacher).to(self.dtype).eval()
+        tokenizer, rows = self.tokenizers[1], self.rows[SPLITS["test"]]
+        return {
+            "bits_per_byte": bits_per_byte(teacher, tokenizer, rows, max_length=1024),
+            "agreement": math.nan,
+            **self._measure_more(teacher, tokenizer, rows),
+        }
+
+    def _measure_more(self, model: Any, tokenizer: Any, rows: list[Row]) -> dict[str, float]:
+        answers = evaluate(
+            model, tokenizer, rows[:ANSWERED], metrics=["rouge_l"], greedy=True,
+            batch_size=ANSWERED, max_prompt_length=MAX_TOKENS, max_length=MAX_TOKENS + ANSWER,
+        )  # fmt: skip
+        return {
+            "rouge_l": answers["rouge_l"]["mean"],
+            "other_bits_per_byte": bits_per_byte(model, tokenizer, self.other, max_length=1024),
+        }
 
     def vocabulary(self, student: Any) -> SharedVocabulary | None:
         if self.setting.student == self.setting.teacher:

@@ -39,7 +39,9 @@ class Answer(NamedTuple):
 def rouge_l(references: Sequence[str], text: str) -> float:
     """F1 × 100 of the longest common subsequence of words, stemmed; the best over `references`.
 
-    Words are runs of a-z and 0-9: a text without any, in Chinese say, scores 0.
+    Of Latin script, words are what `rouge-score` makes of it: runs of a-z and 0-9. It drops all
+    else; here the letters of other scripts are words too, each by itself where no spaces are
+    written (Chinese, Japanese, Thai, Lao, Khmer, Burmese), otherwise in runs.
 
     Raises:
         ImportError: the package `rouge-score` is missing.
@@ -112,11 +114,32 @@ def answer(
 def _scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise ImportError(
             "ROUGE-L needs the package rouge-score: pip install 'sra[eval]'."
         ) from error
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words(DefaultTokenizer(use_stemmer=True)))
+
+
+class _Words:
+    """The tokenizer of `rouge-score`, and what it drops of other scripts."""
+
+    def __init__(self, latin: Any) -> None:
+        import regex  # which rouge-score brings
+
+        self.latin = latin
+        unspaced = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+        other = r"[\p{L}\p{Nd}--\p{Latin}--[0-9]]"
+        self.pattern = regex.compile(
+            rf"[a-z0-9]+|[{unspaced}]\p{{M}}*|{other}(?:{other}|\p{{M}})*", regex.V1
+        )
+
+    def tokenize(self, text: str) -> list[str]:
+        words: list[str] = []
+        for word in self.pattern.findall(text.lower()):
+            words += self.latin.tokenize(word) if word.isascii() else [word]
+        return words
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, limit: int, chat_template: bool) -> list[int]:

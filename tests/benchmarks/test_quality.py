@@ -8,10 +8,11 @@ import math
 import pytest
 
 from benchmarks.quality import page
-from benchmarks.quality.__main__ import best, cases, timings
+from benchmarks.quality.__main__ import best, bounds, cases, timings
 from benchmarks.quality.gradients import Pull
 from benchmarks.quality.settings import (
     ABLATIONS,
+    BOUNDS,
     FINER,
     MAIN,
     OURS,
@@ -171,6 +172,24 @@ def test_the_overview_has_a_column_for_each_setting_and_marks_its_best():
         "| uld | **1.410** ± 0.006 |",
     ]
     assert page.overview([]) == "*Nothing has been measured yet.*"
+
+
+def test_the_student_before_and_its_teacher_stand_below_the_methods():
+    runs = runs_of({"cross-entropy": [1.5, 1.6, 1.55]})
+    while case := next(bounds(runs, ["prune-qwen", "same"]), None):
+        runs.append(made(case, {"start": 4.0, "teacher": 0.5}[case[2]]))
+    assert [(run.setting, run.variant) for run in runs[3:]] == [
+        (setting, name) for setting in ("prune-qwen", "same") for name in BOUNDS
+    ]
+    assert page.overview(runs).splitlines()[2:] == [
+        "| cross-entropy | **1.550** ± 0.029 |",
+        "| *the student before* | 4.000 |",
+        "| *its teacher* | 0.500 |",
+    ]
+    below = page.tables(runs, ["prune-qwen"], ["fresh"]).splitlines()[-2:]
+    assert below[0].startswith("| *the student before* | 4.0000 | 0.500 | 10.0 | 2.000 |  |")
+    assert below[1].startswith("| *its teacher* | 0.5000 |")
+    assert "1 of 14" not in page.verdicts(runs)  # no rival is a bound
 
 
 def test_what_a_step_costs_is_timed_alone_once_all_is_done():

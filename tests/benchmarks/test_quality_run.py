@@ -9,7 +9,16 @@ import pytest
 
 from benchmarks.quality import __main__ as sweep
 from benchmarks.quality import accidents, gradients, run
-from benchmarks.quality.settings import ACCIDENTS, REGIMES, SETTINGS, TRIES, Regime, Setting
+from benchmarks.quality.settings import (
+    ACCIDENTS,
+    BOUNDS,
+    REGIMES,
+    SETTINGS,
+    TRIES,
+    UNTRAINED,
+    Regime,
+    Setting,
+)
 from benchmarks.quality.table import read
 from tests import tiny
 
@@ -52,6 +61,22 @@ def test_a_run_is_measured(setting, tmp_path, variant):
         asked = {row["prompt"]: row["completion"] for row in bench.rows}
         assert answered
         assert all(row["completion"] != asked[row["prompt"]] for row in answered)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_is_not_trained_is_measured_on_the_same_rows(setting, tmp_path, name):
+    bench = run.Bench(setting, tmp_path / "runs")
+    made = bench.run(name, UNTRAINED, "test", rate=0.0, alpha=0.0, seed=0)
+    model, tokenizer = (
+        (bench.untrained(), bench.tokenizers[0])
+        if name == "start"
+        else (run.load_model(setting.teacher), bench.tokenizers[1])
+    )
+    want = run.bits_per_byte(model, tokenizer, bench.rows[4:10], max_length=1024)
+    assert made.bits_per_byte == pytest.approx(want, rel=1e-2)  # teachers are in bf16 on some
+    assert made.other_bits_per_byte > 0
+    assert math.isnan(made.agreement) == (name == "teacher")
+    assert made.seconds_a_step == 0
 
 
 def test_a_run_that_is_timed_is_not_measured(setting, tmp_path):
@@ -135,7 +160,8 @@ def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     assert "The same command goes on" in capsys.readouterr().out
     sweep.main(command)
     done = read(file)
-    assert [one.split for one in done] == ["dev"] * TRIES + ["test"] * 3 + ["speed"]
+    assert [one.variant for one in done[:2]] == [*BOUNDS]
+    assert [one.split for one in done[2:]] == ["dev"] * TRIES + ["test"] * 3 + ["speed"]
     before = file.read_bytes()
     sweep.main(command)
     assert file.read_bytes() == before

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from sra.evaluation.rouge import Question, _prompt_ids, answer, rouge_l
+from sra.evaluation.rouge import Question, _prompt_ids, _scorer, answer, rouge_l
 from tests import tiny
 
 pytest.importorskip("rouge_score", reason="the package rouge-score is not installed")
@@ -34,7 +34,28 @@ def test_known_answers():
     assert rouge_l(["he runs"], "He is running!") == pytest.approx(100 * 2 * (2 / 3) / (5 / 3))
     assert rouge_l(["unrelated", "the cat sat"], "the cat sat") == pytest.approx(100)
     assert rouge_l(["the cat sat"], "") == 0
-    assert rouge_l(["猫坐着"], "猫坐着") == 0  # no word of a-z and 0-9
+
+
+def test_words_of_other_scripts():
+    assert rouge_l(["猫坐着。"], "猫站着") == pytest.approx(100 * 2 / 3)  # a word each
+    assert rouge_l(["кот сидит"], "кот бежит") == pytest.approx(50)
+    assert rouge_l(["用print打印3次"], "用print！") == pytest.approx(
+        100 * 2 * (2 / 6) / (1 + 2 / 6)
+    )
+    assert rouge_l(["हिन्दी भाषा"], "हिन्दी") == pytest.approx(100 * 2 / 3)
+    assert rouge_l(["น้ำ"], "น้ำ") == pytest.approx(100)
+    assert rouge_l(["ab дом"], "abдом") == pytest.approx(100)
+    assert rouge_l(["。！"], "。！") == 0
+
+
+def test_latin_script_is_as_rouge_score_has_it():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    words = DefaultTokenizer(use_stemmer=True)
+    texts = [text for row in tiny.ROWS for text in row.values() if text.isascii()]
+    texts += ["Größe, naïve cafés: 10²… e\u0301", "x_1 = f(2)\t# running\n", "½ — “quoted”"]
+    for text in texts:
+        assert _scorer()._tokenizer.tokenize(text) == words.tokenize(text)
 
 
 def test_greedy_equals_a_plain_loop_for_every_batch_size(model):
