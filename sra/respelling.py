@@ -36,9 +36,10 @@ def respelled_kl(
     number of spans, the mean of the weights where both sides end a token.
 
     The weight, a constant, is the probability of what has a spelling and goes on behind what the
-    student has said; inside that, the target sums to 1. The student's softmax is over its whole
-    head. Gradient to the student's states, head and bias, formed in the forward pass; linear in
-    what comes from above. Same input, same bits.
+    student has said; inside that, the target sums to 1. The student's softmax is over the tokens of
+    all spellings: of others, which reach beyond every token of the teacher's, it says nothing.
+    Gradient to the student's states, head and bias, formed in the forward pass; linear in what
+    comes from above. Same input, same bits.
 
     Args:
         offsets: ``[B + 1]``, the spans of each sequence.
@@ -78,7 +79,8 @@ def respelled_kl_of_logits(
     with torch.no_grad():
         target, weight = targets(teacher_logits, at, spelt, temperature, student_logits.shape[1])
         said = target.log_().mul_(temperature)
-    kl = span_kl(student_logits, said, temperature=temperature, direction="forward")
+    vocab = None if spelt is None else (spelt.used, spelt.used)
+    kl = span_kl(student_logits, said, temperature=temperature, direction="forward", vocab=vocab)
     return weight * kl, weight[at.nodes == 0]
 
 
@@ -95,40 +97,41 @@ class Places(NamedTuple):
 
 
 def places(student: Side, teacher: Side, offsets: Tensor, spelt: Trie | None) -> Places:
-    """The start of each span, what follows the last one of each sequence, and those inside."""
+    """Those in spans, and what follows the last span of each sequence."""
     known = ~(student.first[student.spans[:, 0]] | teacher.first[teacher.spans[:, 0]])
+    own, other = student.spans[known], teacher.spans[known]
     last = offsets[1:][offsets.diff() > 0].to(known.device) - 1
-    own, other = (
-        torch.cat([side.spans[known, 0], side.spans[last, 1]]) - 1 for side in (student, teacher)
-    )
-    found = [Places(own, other, torch.zeros_like(own))]
-    if spelt is not None:
-        spans = student.spans[known], teacher.spans[known]
-        found += inside(student.ids, teacher.ids, *spans, spelt)
-    return in_order(found)
+    ends = Places(student.spans[last, 1] - 1, teacher.spans[last, 1] - 1, torch.zeros_like(last))
+    if spelt is None:
+        starts = Places(own[:, 0] - 1, other[:, 0] - 1, torch.zeros_like(own[:, 0]))
+        return in_order([starts, ends])
+    return in_order([*in_spans(student.ids, teacher.ids, own, other, spelt), ends])
 
 
-def inside(
+def in_spans(
     student_ids: Tensor, teacher_ids: Tensor, own: Tensor, other: Tensor, spelt: Trie
 ) -> list[Places]:
-    """Inside spans ``[S, 2]``, what goes on as long as the student spells the first of the
-    teacher's tokens there."""
-    row, stop, at, node = own[:, 0], own[:, 1] - 1, other[:, 0] - 1, torch.zeros_like(own[:, 0])
+    """The starts of spans ``[S, 2]``, and what goes on inside them, for as long as the student
+    spells the first of the teacher's tokens there.
+
+    Where the student's token is not of that spelling, it reaches beyond the teacher's, whose
+    probability is not its own: to a student of Qwen's tokens and a teacher of SmolLM2's, 3 % of the
+    places in English and 54 % in Chinese would be taught wrongly, at 14 nats each.
+    """
+    row, stop, at, node = own[:, 0] - 1, own[:, 1] - 1, other[:, 0] - 1, torch.zeros_like(own[:, 0])
     rank = spelt.rank[teacher_ids[other[:, 0]]]
     found = []
-    for _ in range(DEPTH - 1):
-        child, there = spelt.child(node, student_ids[row])
-        there &= row < stop
-        row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, child + 1))
-        # Those of the teacher's tokens that end here stand before those that go on.
-        low = spelt.ranges[spelt.first[node].clamp(max=len(spelt.ranges) - 1), 0]
-        high = spelt.ranges[node - 1, 1]
-        there = (spelt.first[node + 1] > spelt.first[node]) & (low <= rank) & (rank < high)
-        row, stop, at, rank, node = (x[there] for x in (row, stop, at, rank, node))
+    for _ in range(DEPTH):
+        child, there = spelt.child(node, student_ids[row + 1])
+        low, high = spelt.ranges[child].unbind(1)
+        there &= (low <= rank) & (rank < high)
+        row, stop, at, node, rank, child = (x[there] for x in (row, stop, at, node, rank, child))
+        found.append(Places(row, at, node))
+        row, node = row + 1, child + 1
+        there = row < stop
+        row, stop, at, node, rank = (x[there] for x in (row, stop, at, node, rank))
         if not len(row):
             break
-        found.append(Places(row, at, node))
-        row = row + 1
     return found
 
 

@@ -29,6 +29,7 @@ class Trie(NamedTuple):
     tokens: ``[C]`` its token.
     ranges: ``[C, 2]`` the part of `entries` whose spelling passes through it, half-open.
     first: ``[C + 2]`` the first child of each node; where node n + 1 begins, those of n end.
+    used: ``[K]`` the tokens of all spellings, ascending.
     size: more than any token.
     """
 
@@ -39,6 +40,7 @@ class Trie(NamedTuple):
     tokens: Tensor
     ranges: Tensor
     first: Tensor
+    used: Tensor
     size: int
 
     def child(self, node: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,5 +162,6 @@ def trie(table: np.ndarray) -> Trie:
         tokens=torch.from_numpy(all_keys % size),
         ranges=torch.from_numpy(np.concatenate(ranges)),
         first=torch.from_numpy(first),
+        used=torch.from_numpy(np.unique(table[table >= 0])),
         size=size,
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra.data import IGNORED
-from sra.respelling import ROWS, Places, in_order, inside, respelled_kl_of_logits
+from sra.respelling import ROWS, Places, in_order, in_spans, respelled_kl_of_logits
 from sra.trl.samples import Pairs, SampleAligner
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import span_kl
@@ -34,8 +34,8 @@ class SpanULDLoss:
     Args:
         student_tokenizer, teacher_tokenizer: fast tokenizers.
         temperature, direction, beta: see `sra_kernels.span_kl`.
-        outside: see `sra_kernels.span_kl`; or "respell", which compares on the student's whole
-            vocabulary, inside spans too (`sra.respelling`), and goes with "forward".
+        outside: see `sra_kernels.span_kl`; or "respell", which says the teacher's predictions in
+            the student's tokens, inside spans too (`sra.respelling`), and goes with "forward".
         vocabulary_match: see `SharedVocabulary`.
         crossentropy_weight, distillation_weight: of the two terms of the sum.
         skip_student_eos, skip_teacher_eos: leave out where that side predicts its end of sequence.
@@ -201,16 +201,18 @@ class SpanULDLoss:
         labels: tuple[Tensor, Tensor],
         pairs: list[Pairs],
     ) -> tuple[Tensor, Tensor]:
-        """The same on the student's whole vocabulary, inside spans too."""
+        """The same in the student's tokens, inside spans too."""
         spelt = self._shared(student_logits, teacher_logits).trie(student_logits.device)
-        own = _flat([pair.student for pair in pairs], student_logits)
-        other = _flat([pair.teacher for pair in pairs], teacher_logits)
-        spans = (
+        own = _flat([pair.student[len(pair.student_spans) :] for pair in pairs], student_logits)
+        other = _flat([pair.teacher[len(pair.teacher_spans) :] for pair in pairs], teacher_logits)
+        within = in_spans(
+            labels[0].where(labels[0] != IGNORED, spelt.size).flatten(),  # no token of a spelling
+            labels[1].flatten(),
             _flat([pair.student_spans for pair in pairs], student_logits),
             _flat([pair.teacher_spans for pair in pairs], teacher_logits),
+            spelt,
         )
-        within = inside(labels[0].flatten(), labels[1].flatten(), *spans, spelt)
-        at = in_order([Places(own, other, torch.zeros_like(own)), *within])
+        at = in_order([*within, Places(own, other, torch.zeros_like(own))])
 
         def of_teacher(rows: Tensor) -> Tensor:
             logits = _rows(teacher_logits, rows)

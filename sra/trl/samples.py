@@ -14,9 +14,10 @@ from sra.token_bytes import ByteTokenizer, TokenBytes, byte_tokenizer
 class Pairs(NamedTuple):
     """Where both sides predict what follows the same byte: positions in one row's sequences.
 
-    student, teacher: int64 [P], positions whose logits are compared.
-    student_spans, teacher_spans: int64 [S, 2], half-open positions of the tokens of the spans that
-        begin behind one of these.
+    student, teacher: int64 [P], positions whose logits are compared: before each span, and behind
+        the last, if that is not left out.
+    student_spans, teacher_spans: int64 [S, 2], positions from the first token of each of these
+        spans to behind its last.
     coverage: share of the student's completion that lies in spans, by bytes.
     """
 
@@ -68,14 +69,10 @@ class SampleAligner:
         student_at, teacher_at = (
             own[following[keep]] - 1 for own, following in zip(at, follows, strict=True)
         )
-        begun = [side[keep[:-1]] for side in spans[:2]]
-        ranges = [
-            np.stack([own[side[:, 0]], own[side[:, 1] - 1] + 1], axis=1)
-            for own, side in zip(at, begun, strict=True)
-        ]
-        # Between two turns, a span can have other tokens than its own.
-        whole = np.all([np.diff(x) == np.diff(y) for x, y in zip(ranges, begun, strict=True)], 0)
-        student_spans, teacher_spans = (positions[whole[:, 0]] for positions in ranges)
+        student_spans, teacher_spans = (
+            np.stack([own[side[:, 0]], own[side[:, 1] - 1] + 1], axis=1)[keep[:-1]]
+            for own, side in zip(at, spans, strict=False)
+        )
         return Pairs(student_at, teacher_at, student_spans, teacher_spans, coverage)
 
     def _tokens(

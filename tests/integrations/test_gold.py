@@ -180,16 +180,22 @@ def test_respelt_goes_forward_alone(tmp_path):
 
 
 def test_another_turn_inside_a_span():
-    """Tokens of a turn that is not learnt stand between those of "bc": nothing inside it."""
+    """Tokens that are not learnt stand between those of "bc": nothing is taught inside it."""
     student = letters(["</s>", "a", "b", "c"], [])
-    aligner = SpanULDLoss(student, TEACHER).aligner
+    loss = SpanULDLoss(student, TEACHER, outside="respell")
     for gap in (0, 2):
         labels = np.array([IGNORED, 2, *[IGNORED] * gap, 3, 1])
-        pairs = aligner(labels, np.array([IGNORED, 4, 3]))
-        spans = [[1, 3], [3, 4]] if not gap else [[5, 6]]
-        assert pairs.student_spans.tolist() == spans
-        assert pairs.teacher_spans.tolist() == ([[1, 2], [2, 3]] if not gap else [[2, 3]])
+        others = np.array([IGNORED, 4, 3])
+        pairs = loss.aligner(labels, others)
+        assert pairs.student_spans.tolist() == [[1, 3 + gap], [3 + gap, 4 + gap]]
+        assert pairs.teacher_spans.tolist() == [[1, 2], [2, 3]]
         assert pairs.student.tolist() == [0, 2 + gap]
+        logits = torch.randn(1, len(labels), 4, requires_grad=True)
+        loss(
+            logits, torch.randn(1, 3, 5), torch.tensor([labels]), torch.tensor([others]), None, None
+        ).backward()
+        taught = logits.grad[0].abs().sum(1).nonzero().flatten().tolist()
+        assert taught == ([0, 1, 2] if not gap else [0, 2 + gap])
 
 
 def test_cross_entropy_and_weights():

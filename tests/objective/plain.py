@@ -224,14 +224,15 @@ def respelt(
 ) -> Tensor:
     """Sum over the places of a sample, one entry of the teacher after the other."""
     spans = [*zip(student.spans, teacher.spans, strict=True)]
-    places: list[tuple[int, int, list[int]]] = [(a - 1, c - 1, []) for (a, _), (c, _) in spans]
-    places.append((student.spans[-1][1] - 1, teacher.spans[-1][1] - 1, []))
+    places: list[tuple[int, int, list[int]]] = []
     for (a, b), (c, _) in spans:
         whole = spelling[teacher.ids[c]]
-        for n in range(1, min(len(whole), b - a)):
-            if student.ids[a : a + n] != whole[:n]:
+        for n in range(min(len(whole), b - a)):
+            if student.ids[a + n] != whole[n]:
                 break
             places.append((a + n - 1, c - 1, whole[:n]))
+    places.append((student.spans[-1][1] - 1, teacher.spans[-1][1] - 1, []))
+    used = sorted({token for tokens in spelling for token in tokens})
     total = torch.zeros((), dtype=torch.float64)
     for row, at, said in places:
         chances = (teacher_logits[at] / temperature).softmax(-1).tolist()
@@ -241,9 +242,8 @@ def respelt(
                 reached += chance
                 if len(tokens) > len(said):
                     target[tokens[len(said)]] = target.get(tokens[len(said)], 0.0) + chance
-        entries = [*target]
-        p = torch.tensor([target[entry] for entry in entries], dtype=torch.float64)
-        q = (student_logits[row] / temperature).softmax(-1)[entries]
+        p = torch.tensor([*target.values()], dtype=torch.float64)
+        q = (student_logits[row, used] / temperature).softmax(-1)[[used.index(x) for x in target]]
         total = total + p.sum() / reached * kl(p / p.sum(), q)
     return total
 

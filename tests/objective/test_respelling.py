@@ -24,6 +24,7 @@ from tests import tiny
 
 # The student's tokens are letters, and the teacher's are these texts, each with its own state.
 LETTERS = "abcdef"
+USED = "abcde"  # by these texts
 TEXTS = ["a", "ab", "abc", "b", "bc", "ca", "d", "dd", "", "e"]
 
 
@@ -94,8 +95,9 @@ def by_hand(student, teacher, words, temperature=1.0):
                     mass[text[len(said)]] += chance
         weight = sum(mass.values()) / whole
         own = softmax(student, row)
+        known = sum(q for letter, q in zip(LETTERS, own, strict=True) if letter in USED)
         for letter, q in zip(LETTERS, own, strict=True):
-            p = mass[letter] / sum(mass.values())
+            q, p = q / known, mass[letter] / sum(mass.values())
             total += weight * p * math.log(p / q) if p else 0.0
     return total
 
@@ -116,6 +118,18 @@ def test_the_places():
     assert found.rows.tolist() == [0, 1, 2, 4, 5, 6]
     assert found.others.tolist() == [0, 0, 1, 3, 3, 4]
     assert (found.nodes > 0).tolist() == [False, True, False, False, True, False]
+
+
+def test_no_place_where_the_student_spells_otherwise():
+    """Its token may reach beyond the teacher's, whose probability says little of it then."""
+    student, teacher, offsets = sides(["ab", "abc", "d"])
+    assert places(student, teacher, offsets, TREE).rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    ids = student.ids.clone()
+    ids[1] = LETTERS.index("e")  # for the first letter of "ab"
+    ids[4] = LETTERS.index("d")  # for the second of "abc"
+    found = places(student._replace(ids=ids), teacher, offsets, TREE)
+    assert found.rows.tolist() == [2, 5, 6]
+    assert (found.nodes > 0).tolist() == [False] * 3
 
 
 def test_a_target_sums_to_its_weight_and_the_rest_is_not_taught():

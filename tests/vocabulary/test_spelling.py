@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from real_tokenizers import load
+from torch import Tensor
 
 from sra import SharedVocabulary, SpanAligner
 from sra.packages import fetch_instructions
+from sra.respelling import in_order, in_spans, targets
 from sra.spelling import DEPTH, spellings, trie
 from sra.token_bytes import ByteTokenizer
 from tests import tiny
@@ -44,6 +46,38 @@ def test_words_are_spelt_as_in_a_text(student: str, teacher: str) -> None:
                 total += 1
     assert total > 1000
     assert same / total > 0.97
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_a_teacher_that_is_sure_of_the_text_teaches_it_and_nothing_else(
+    student: str, teacher: str, language: str
+) -> None:
+    """Where the student's tokens are the longer ones too."""
+    tokenizers = load(student), load(teacher)
+    aligned = SpanAligner(*tokenizers)
+    tree = SharedVocabulary(*tokenizers, match="normalised").trie(torch.device("cpu"))
+    size, teacher_size = tree.size, len(tree.rank)
+    taught = total = 0
+    for row in fetch_instructions(language)[:20]:
+        found = aligned(row["completion"])
+        # A token of a prompt before either.
+        own, other = (torch.from_numpy(spans) + 1 for spans in (found.student, found.teacher))
+        own_ids, other_ids = (
+            torch.tensor([0, *ids]) for ids in (found.student_ids, found.teacher_ids)
+        )
+        at = in_order(in_spans(own_ids, other_ids, own, other, tree))
+
+        def sure(rows: Tensor, ids: Tensor = other_ids) -> Tensor:
+            return torch.zeros(len(rows), teacher_size).scatter(1, ids[rows + 1][:, None], 100.0)
+
+        target, weight = targets(sure, at, tree, 1.0, size)
+        assert (weight > 0.999).all()
+        assert (target.argmax(1) == own_ids[at.rows + 1]).all()
+        taught, total = taught + len(at.rows), total + len(own_ids) - 1
+    least = {"en": 0.9, "zh": 0.2 if student == "qwen" else 0.8}[language]
+    assert taught / total > least
 
 
 def spelling_of(vocabulary: SharedVocabulary, teacher_id: int) -> list[int]:
@@ -89,6 +123,7 @@ def test_a_tree_by_hand() -> None:
     assert tree.entries.tolist() == [2, 0, 1, 4, 5]
     assert tree.rank.tolist() == [1, 2, 0, -1, 3, 4]
     assert tree.tokens.tolist() == [2, 7, 3, 5, 9]
+    assert tree.used.tolist() == [2, 3, 5, 7, 9]
     assert tree.ranges.tolist() == [[0, 1], [1, 5], [2, 4], [4, 5], [3, 4]]
     assert tree.first.tolist() == [0, 2, 2, 4, 5, 5, 5]
     child, there = tree.child(torch.tensor([0, 2, 3, 0, 2]), torch.tensor([7, 3, 9, 3, 700]))
