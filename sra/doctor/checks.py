@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +14,10 @@ from sra.chat import Rendering, render
 from sra.data import snippet
 from sra.span_table import SpanTable
 from sra.token_bytes import ByteTokenizer
-from sra.vocabulary import SharedVocabulary
 
 Level = Literal["ok", "note", "warning", "error"]
-# Shares of the texts, or of the tokens, from which a finding is no small matter any more.
+# The share of the texts, or of the tokens, from which a finding is no small matter any more.
 FEW = 0.01
-MUCH_MASS_LOST = 0.5
-MATCHES: tuple[Literal["raw", "normalised"], ...] = ("raw", "normalised")
 # Texts on which normalisers show what they do: each rewrites the left side into the right one.
 REWRITES = (
     ("composes accents (NFC)", "e\u0301", "\u00e9"),
@@ -164,7 +160,7 @@ def alignment(sample: Sample, minimum: float) -> list[Finding]:
         for table, *sides in zip(sample.tables, sample.student, sample.teacher, strict=True)
         if all(len(side.pieces) == len(side.pieces[0].matches) == 1 for side in sides)
     ]
-    tokens = [sum(_inside(table, side) for table in whole) for side in (0, 1)]
+    tokens = [sum(spelling_tokens(table, side) for table in whole) for side in (0, 1)]
     held = [
         sum(int(np.diff(spans_of).sum()) for spans_of in column)
         for column in ([t.student for t in whole], [t.teacher for t in whole])
@@ -188,7 +184,7 @@ def alignment(sample: Sample, minimum: float) -> list[Finding]:
     ]
 
 
-def _inside(table: SpanTable, side: int) -> int:
+def spelling_tokens(table: SpanTable, side: int) -> int:
     """Tokens that spell something of the text."""
     tokens = (table.student_tokens, table.teacher_tokens)[side]
     length = len((table.student_text, table.teacher_text)[side].encode())
@@ -311,64 +307,3 @@ def _named(text: str) -> str:
     """The text, and the code points of what is not ASCII."""
     codes = " ".join(f"U+{ord(c):04X}" for c in text if not c.isascii())
     return f"{text!r} ({codes})" if codes and len(codes) <= 40 else repr(text)
-
-
-def same_vocabulary(student: Side, teacher: Side) -> bool:
-    """Whether every string has the same id on both sides."""
-    one, other = student.bytes.backend, teacher.bytes.backend
-    return one.get_vocab_size() == other.get_vocab_size() and one.get_vocab() == other.get_vocab()
-
-
-def vocabularies(
-    student: Side, teacher: Side, tables: Sequence[SpanTable], outside: str
-) -> list[Finding]:
-    """What the vocabularies share, and how much of the data's teacher tokens that is."""
-    topic = "vocabulary"
-    if same_vocabulary(student, teacher):
-        return [
-            Finding("note", topic, f"both have one and the same, of {student.entries:,} entries")
-        ]
-    counts: Counter[int] = Counter()
-    for table in tables:
-        counts.update(table.teacher_ids[table.teacher_start :].tolist())
-    raw, normal = (_shared(student, teacher, match, counts) for match in MATCHES)
-    if not normal[0]:
-        return [
-            Finding(
-                "error", topic, "the vocabularies share no entry",
-                "The logit term has nothing to compare: choose another pair.",
-            )
-        ]  # fmt: skip
-    what = "entries are shared, {:.1%} of the teacher's tokens in this data"
-    text = f"{normal[0]:,} {what.format(normal[1])}"
-    if raw != normal:
-        text += f" (normalised; raw: {raw[0]:,}, {raw[1]:.1%})"
-    if normal[1] < MUCH_MASS_LOST:
-        text += "; mostly, the teacher says what the student has no token for"
-        if outside == "renormalise":
-            return [
-                Finding(
-                    "warning", topic, text,
-                    "Its target inside the shared entries is noise then: use the respell recipe, "
-                    "or --outside weight, as the boundary recipe does, or bucket.",
-                )
-            ]  # fmt: skip
-        return [Finding("note", topic, text)]
-    if normal[1] > raw[1] + FEW:
-        return [Finding("note", topic, text, "Use --vocabulary-match normalised.")]
-    return [Finding("ok", topic, text)]
-
-
-def _shared(
-    student: Side, teacher: Side, match: Literal["raw", "normalised"], counts: Counter[int]
-) -> tuple[int, float]:
-    """Shared entries, and the share of the counted teacher tokens that they are."""
-    try:
-        shared = SharedVocabulary(
-            student.bytes, teacher.bytes, match=match,
-            student_rows=student.rows, teacher_rows=teacher.rows,
-        )  # fmt: skip
-    except ValueError:
-        return 0, 0.0
-    hits = sum(counts[i] for i in shared.teacher_ids.tolist())
-    return len(shared), hits / max(sum(counts.values()), 1)

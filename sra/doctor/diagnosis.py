@@ -19,7 +19,7 @@ import torch
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
 from sra.data import IGNORED
-from sra.doctor import checks, model_checks
+from sra.doctor import checks, model_checks, vocabulary_checks
 from sra.doctor.checks import Finding, Sample, Side
 from sra.doctor.planner import Machine, Plan, predict
 from sra.objective import DEFAULT, RECIPES, Objective
@@ -180,7 +180,11 @@ def diagnose(
         findings += checks.lengths(sample, max_length)
         findings += [checks.round_trip(side, sample) for side in (student, teacher)]
         findings += checks.normalisers(student, teacher, sample)
-        findings += checks.vocabularies(student, teacher, sample.tables, objective.outside)
+        findings += vocabulary_checks.vocabularies(
+            student, teacher, sample.tables, objective.outside
+        )
+        if objective.logit and objective.outside == "respell":
+            findings += vocabulary_checks.targets(student, teacher, sample.tables, vocabulary_match)
     findings += model_checks.templates(student, teacher, sample)
     for side in (student, teacher):
         findings += model_checks.control_tokens(side)
@@ -228,7 +232,7 @@ def _plan(
 ) -> Plan:
     """Memory of the widest batch that this sample can make, seconds of the typical one."""
     shared = None
-    if not checks.same_vocabulary(student, teacher):
+    if not vocabulary_checks.same_vocabulary(student, teacher):
         shared = len(
             SharedVocabulary(
                 student.bytes, teacher.bytes, match=match,

@@ -13,7 +13,8 @@ from sra.alignment import SpanAligner
 from sra.allocator import keep_freed_memory
 from sra.collator import SpanCollator
 from sra.distiller import SpanDistiller
-from sra.doctor.checks import MUCH_MASS_LOST, Finding
+from sra.doctor.checks import Finding
+from sra.doctor.vocabulary_checks import MUCH_LOST
 from sra.model import head_rows
 from sra.objective import Objective
 from sra.packages import load_model
@@ -102,7 +103,7 @@ def _findings(
         else Finding("error", "measured", f"{took}; the loss is not finite", "Try --dtype float32.")
     ]
     if "shared_mass" in mean:
-        low = mean["shared_mass"] < MUCH_MASS_LOST
+        low = mean["shared_mass"] < MUCH_LOST
         what = "the shared vocabulary"
         if objective.outside == "respell":
             what = "what the student can spell"

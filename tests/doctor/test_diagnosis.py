@@ -258,6 +258,19 @@ def test_little_shared_mass_hurts_only_an_objective_that_renormalises():
     assert the(look(**options), "vocabulary").level == "note"
 
 
+def test_a_student_of_longer_tokens_has_few_targets():
+    letters = PreTrainedTokenizerFast(
+        tokenizer_object=tiny.byte_level_bpe(258, ["<s>", "</s>"]), eos_token="</s>"
+    )
+    few = the(look(teacher=letters), "targets")
+    assert few.level in ("note", "warning")
+    assert "longer than the teacher's" in few.text
+    assert "--likelihood 1" in few.remedy
+    assert the(look(student=letters), "targets").level == "ok"  # every letter has one
+    assert not found(look(objective=recipe("boundary")), "targets")
+    assert not found(look(teacher=tiny.student_tokenizer()), "targets")
+
+
 def test_truncation_counts_the_rows_that_it_cuts():
     assert "cuts none" in the(look(), "length").text
     cut = the(look(max_length=12), "length")
