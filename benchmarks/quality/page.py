@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quality.gradients import TERMS, Pull
+from benchmarks.quality.means import by_mean, changed, difference, mean_and_error
+from benchmarks.quality.pictures import draw, draw_ablations, draw_shares
 from benchmarks.quality.settings import (
     ABLATIONS,
     ANSWER,
@@ -43,23 +43,6 @@ COLUMNS = (  # field, title, decimals
 )
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the standard error of it; NaN for less than two values."""
-    if not values or any(map(math.isnan, values)):
-        return math.nan, math.nan
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, statistics.stdev(values) / math.sqrt(len(values))
-
-
-def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[float, float]:
-    """Mean of theirs - ours in bits per byte, seed by seed, and its standard error."""
-    own = {run.seed: run.bits_per_byte for run in ours}
-    pairs = [run.bits_per_byte - own[run.seed] for run in theirs if run.seed in own]
-    return mean_and_error(pairs)
-
-
 def tables(runs: Sequence[Run], settings: Sequence[str], regimes: Sequence[str]) -> str:
     """A table for each setting and regime that has runs, best first."""
     parts = []
@@ -70,11 +53,8 @@ def tables(runs: Sequence[Run], settings: Sequence[str], regimes: Sequence[str])
                 title = f"{SETTINGS[setting].title}: {REGIMES[regime].title}"
                 between = of(runs, setting=setting, regime=UNTRAINED.name)
                 parts.append(f"### {title}\n\n{_table([*found, *between], [*MAIN, *BOUNDS])}")
-                if of_ablations := [run for run in found if run.variant in ABLATIONS]:
-                    names = ["cross-entropy", *OURS, *ABLATIONS]
-                    parents = [run for run in found if run.variant in names[: 1 + len(OURS)]]
-                    both = [*of_ablations, *parents]
-                    parts.append(f"#### Ablations\n\n{_table(both, names)}")
+                if any(run.variant in ABLATIONS for run in found):
+                    parts.append(f"#### Ablations\n\n{_ablations(found)}")
     return "\n\n".join(parts)
 
 
@@ -82,7 +62,7 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
     groups = {name: of(runs, variant=name) for name in variants}
     groups = {name: group for name, group in groups.items() if group}
     reference = groups.get("cross-entropy", [])
-    order = sorted(groups, key=lambda name: _key(groups[name]))
+    order = sorted(groups, key=lambda name: by_mean(groups[name]))
     titles = [title for _, title, _ in COLUMNS]
     lines = [
         "| method | " + " | ".join(titles) + " | below cross-entropy | rate | alpha | seeds |",
@@ -107,9 +87,25 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _key(group: Sequence[Run]) -> tuple[bool, float]:
-    mean, _ = mean_and_error([run.bits_per_byte for run in group])
-    return math.isnan(mean), mean
+def _ablations(runs: Sequence[Run]) -> str:
+    """Each recipe, and below it what changes when something of it is changed."""
+    titles = [title for _, title, _ in COLUMNS]
+    lines = [
+        "| recipe, change | " + " | ".join(titles) + " | below its recipe | seeds |",
+        "|---|" + "---|" * (len(titles) + 2),
+    ]
+    for parent in OURS:
+        children = changed(runs, parent)
+        for name in (parent, *children) if children else ():
+            group = of(runs, variant=name)
+            cells = [
+                _cell(mean_and_error([getattr(run, field) for run in group]), digits)
+                for field, _, digits in COLUMNS
+            ]
+            less = "" if name == parent else _cell(difference(group, of(runs, variant=parent)), 4)
+            title = f"**{name}**" if name == parent else name
+            lines.append(f"| {title} | {' | '.join(cells)} | {less} | {len(group)} |")
+    return "\n".join(lines)
 
 
 def _cell(value: tuple[float, float], digits: int) -> str:
@@ -172,17 +168,6 @@ def _bits(runs: Sequence[Run]) -> list[float]:
     return [run.bits_per_byte for run in runs]
 
 
-def by_share(runs: Sequence[Run], variant: str) -> dict[float, float]:
-    """Bits per byte on the dev split for each share of cross-entropy, at the variant's best rate;
-    nothing until all were tried."""
-    tried = of(runs, variant=variant, split="dev")
-    for rate in sorted({run.learning_rate for run in tried}):
-        found = {run.alpha: run.bits_per_byte for run in of(tried, learning_rate=rate)}
-        if len(found) > len(SHARES):
-            return dict(sorted(found.items()))
-    return {}
-
-
 def verdicts(runs: Sequence[Run]) -> str:
     """Where a recipe of ours is below every other method by two standard errors, and where not."""
     lines = ["| setting | methods so far | best of ours | next best | difference | beyond two "
@@ -195,8 +180,8 @@ def verdicts(runs: Sequence[Run]) -> str:
             rest = {n: g for n, g in groups.items() if g and n not in OURS}
             if not mine or not rest:
                 continue
-            best = min(mine, key=lambda name: _key(mine[name]))
-            rival = min(rest, key=lambda name: _key(rest[name]))
+            best = min(mine, key=lambda name: by_mean(mine[name]))
+            rival = min(rest, key=lambda name: by_mean(rest[name]))
             mean, error = difference(mine[best], rest[rival])
             sure = not math.isnan(error) and mean > 2 * error
             title = f"{SETTINGS[setting].title}: {REGIMES[regime].title}"
@@ -238,6 +223,8 @@ def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
             file = f"evidence-{setting}.svg"
             draw(found, DOCS / file)
             pictures.append(f"![{SETTINGS[setting].title}]({file})")
+    if draw_ablations(of(runs, split="test"), DOCS / "evidence-ablations.svg"):
+        pictures.append("![What a change to a recipe does](evidence-ablations.svg)")
     if draw_shares(runs, DOCS / "evidence-shares.svg"):
         pictures.append("![The share of cross-entropy](evidence-shares.svg)")
     facts = {
@@ -260,70 +247,3 @@ def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
     for name, value in facts.items():
         text = text.replace("{" + name + "}", value)
     PAGE.write_text(text.rstrip() + "\n")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "sra"  # the same picture for the same runs
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Mean and two standard errors of each method, a panel for each regime."""
-    pyplot = _pyplot()
-    regimes = [name for name in REGIMES if of(runs, regime=name)]
-    figure, panels = pyplot.subplots(1, len(regimes), figsize=(5 * len(regimes), 4), squeeze=False)
-    for panel, regime in zip(panels[0], regimes, strict=True):
-        groups = {name: of(runs, regime=regime, variant=name) for name in MAIN}
-        known = {n: g for n, g in groups.items() if g and not math.isnan(_key(g)[1])}
-        order = sorted(known, key=lambda name: _key(known[name]), reverse=True)
-        for row, name in enumerate(order):
-            mean, error = mean_and_error([run.bits_per_byte for run in known[name]])
-            panel.errorbar(
-                mean, row, xerr=0 if math.isnan(error) else 2 * error, fmt="o", capsize=3,
-                color="#c2410c" if name in OURS else "#475569",
-            )  # fmt: skip
-        panel.set_yticks(range(len(order)), order)
-        panel.set_title(REGIMES[regime].title, fontsize=10)
-        panel.set_xlabel("held-out bits per byte (less is better)")
-        panel.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def draw_shares(runs: Sequence[Run], path: Path) -> bool:
-    """How much each method minds its share of cross-entropy, a panel for each setting and regime;
-    False, and no picture, if no method was tried at all shares in any."""
-    cells = [
-        (setting, regime, found)
-        for setting, regime in itertools.product(SETTINGS, REGIMES)
-        if any(by_share(found := of(runs, setting=setting, regime=regime), name) for name in MAIN)
-    ]
-    if not cells:
-        return False
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(
-        1, len(cells), figsize=(4 * len(cells), 3.5), squeeze=False
-    )  # fmt: skip
-    for panel, (setting, regime, found) in zip(panels[0], cells, strict=True):
-        for name in MAIN:
-            if curve := by_share(found, name):
-                own = name in OURS
-                panel.plot(
-                    [*curve], [*curve.values()], marker="o", markersize=3, label=name,
-                    linewidth=2 if own else 1, alpha=1 if own else 0.6,
-                )  # fmt: skip
-        panel.set_title(f"{SETTINGS[setting].title}: {regime}", fontsize=10)
-        panel.set_xlabel("share of cross-entropy, alpha")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("dev bits per byte, at the best rate")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return True

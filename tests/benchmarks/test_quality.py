@@ -10,6 +10,8 @@ import pytest
 from benchmarks.quality import page
 from benchmarks.quality.__main__ import best, bounds, cases, timings
 from benchmarks.quality.gradients import Pull
+from benchmarks.quality.means import by_share
+from benchmarks.quality.pictures import draw_shares
 from benchmarks.quality.settings import (
     ABLATIONS,
     BOUNDS,
@@ -163,6 +165,18 @@ def test_the_table_is_in_order_and_marks_what_diverged():
     assert table[-1].startswith("| uld | – |")
 
 
+def test_an_ablation_stands_below_its_recipe_with_its_difference():
+    runs = runs_of({"cross-entropy": [1.2] * 3, "boundary": [1.4, 1.5, 1.6], "paper": [2.0] * 3,
+                    "paper: bucket": [1.5, 1.6, 1.7], "paper: logit": [2.5] * 3})  # fmt: skip
+    lines = page.tables(runs, ["prune-qwen"], ["fresh"]).split("#### Ablations")[1].splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:]] == [
+        "| **paper**", "| paper: logit", "| paper: bucket",
+    ]  # fmt: skip
+    assert lines[4].endswith("|  | 3 |")
+    assert lines[5].endswith("| -0.5000 ± 0.0000 | 3 |")
+    assert lines[6].endswith("| 0.4000 ± 0.0577 | 3 |")
+
+
 def test_the_overview_has_a_column_for_each_setting_and_marks_its_best():
     runs = runs_of({"cross-entropy": [1.5, 1.6, 1.55], "uld": [1.4, 1.42, 1.41]})
     lines = page.overview(runs).splitlines()
@@ -220,8 +234,8 @@ def test_the_table_of_pulls():
 
 def test_the_curves_of_the_shares_are_of_the_dev_split(tmp_path):
     done = sweep(lambda case: 1 + case[4] + abs(case[5] - 0.8), ["paper", "boundary"])
-    assert page.by_share(done, "paper") == pytest.approx({0.2: 1.6001, 0.5: 1.3001, 0.8: 1.0001})
-    assert page.draw_shares(done, tmp_path / "shares.svg")
+    assert by_share(done, "paper") == pytest.approx({0.2: 1.6001, 0.5: 1.3001, 0.8: 1.0001})
+    assert draw_shares(done, tmp_path / "shares.svg")
     assert (tmp_path / "shares.svg").stat().st_size > 1000
 
 
@@ -232,7 +246,7 @@ def test_shares_of_two_settings_are_no_curve(tmp_path):
         for setting, found in shares.items()
         for share in found
     ]
-    assert not page.draw_shares(runs, tmp_path / "shares.svg")
+    assert not draw_shares(runs, tmp_path / "shares.svg")
 
 
 def test_the_page(tmp_path, monkeypatch):
@@ -246,7 +260,8 @@ def test_the_page(tmp_path, monkeypatch):
     assert "{" not in text
     assert "holds 9 runs so far" in text
     assert "#### Ablations" in text
-    assert (tmp_path / "evidence-prune-qwen.svg").stat().st_size > 1000
+    for picture in ("prune-qwen", "ablations"):
+        assert (tmp_path / f"evidence-{picture}.svg").stat().st_size > 1000
     before = text, (tmp_path / "evidence-prune-qwen.svg").read_bytes()
     page.write(runs)
     assert before == (
