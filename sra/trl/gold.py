@@ -201,7 +201,11 @@ class SpanULDLoss:
         labels: tuple[Tensor, Tensor],
         pairs: list[Pairs],
     ) -> tuple[Tensor, Tensor]:
-        """The same in the student's tokens, inside spans too."""
+        """The same in the student's tokens, inside spans too.
+
+        Among the tokens of spellings alone: what the student said itself is no label that could
+        speak for the others.
+        """
         spelt = self._shared(student_logits, teacher_logits).trie(student_logits.device)
         own = _flat([pair.student[len(pair.student_spans) :] for pair in pairs], student_logits)
         other = _flat([pair.teacher[len(pair.teacher_spans) :] for pair in pairs], teacher_logits)
@@ -219,9 +223,9 @@ class SpanULDLoss:
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
         parts = [_rows(student_logits, at.rows).split(ROWS), *(x.split(ROWS) for x in at)]
-        temperature = self.options["temperature"]
+        temperature, used = self.options["temperature"], (spelt.used, spelt.used)
         found = [
-            respelled_kl_of_logits(logits, of_teacher, Places(*here), spelt, temperature)
+            respelled_kl_of_logits(logits, of_teacher, Places(*here), spelt, temperature, used)
             for logits, *here in zip(*parts, strict=True)
         ]
         kl, mass = (torch.cat(x) for x in zip(*found, strict=True))

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
-from sra import SharedVocabulary, SpanAligner, SpanDistiller, recipe
+from sra import SharedVocabulary, SpanAligner
+from sra.respelling import places, targets
+from sra.side import side_of
 from sra.token_bytes import byte_tokenizer
 from sra_kernels import span_kl
 from tests import real_tokenizers, tiny
@@ -147,31 +149,45 @@ def test_respelt_by_hand():
 
 
 @pytest.mark.parametrize("chunk", [7, 256])
-def test_respelt_as_the_distiller_does_it(monkeypatch, chunk):
-    """From the ids and logits alone, the logit term of recipe("respell")."""
+def test_respelt_at_the_places_of_the_distiller(monkeypatch, chunk):
+    """Found from the ids alone; but only tokens of spellings are compared."""
     monkeypatch.setattr("sra.trl.gold.ROWS", chunk)
-    batch = tiny.collator()(tiny.ROWS)
-    student, teacher = tiny.student_model(torch.float64), tiny.teacher_model(torch.float64)
-    vocabulary = SharedVocabulary(
-        tiny.student_tokenizer(), tiny.teacher_tokenizer(), match="normalised",
-        student_rows=tiny.STUDENT_ROWS, teacher_rows=tiny.TEACHER_ROWS,
-    )  # fmt: skip
-    distiller = SpanDistiller(student, teacher, recipe("respell"), vocabulary=vocabulary)
-    own, other = batch, batch["teachers"][0]
+    own = tiny.collator()(tiny.ROWS)
+    other = own["teachers"][0]
     labels = torch.full_like(other["input_ids"], IGNORED)
-    spans = other["teacher_spans"]
-    for begin, end in itertools.pairwise(other["span_offsets"].tolist()):
+    spans, offsets = other["teacher_spans"], other["span_offsets"]
+    for begin, end in itertools.pairwise(offsets.tolist()):
         completion = slice(spans[begin, 0], spans[end - 1, 1] + 1)  # and its end of sequence
         labels.view(-1)[completion] = other["input_ids"].view(-1)[completion]
+    torch.manual_seed(0)
+    rows = tiny.STUDENT_ROWS, tiny.TEACHER_ROWS
     logits = [
-        model(side["input_ids"], attention_mask=side["attention_mask"]).logits
-        for model, side in ((student, own), (teacher, other))
+        torch.randn(*side["input_ids"].shape, size, dtype=torch.float64)
+        for side, size in zip((own, other), rows, strict=True)
     ]
+    tokenizers = tiny.student_tokenizer(), tiny.teacher_tokenizer()
     loss = SpanULDLoss(
-        tiny.student_tokenizer(), tiny.teacher_tokenizer(), outside="respell",
-        skip_student_eos=False, skip_teacher_eos=False,
-    )(*logits, own["labels"], labels, None, None)  # fmt: skip
-    torch.testing.assert_close(loss, distiller(**batch).logit)
+        *tokenizers, outside="respell", skip_student_eos=False, skip_teacher_eos=False
+    )(*logits, own["labels"], labels, None, None)
+
+    spelt = SharedVocabulary(
+        *tokenizers, match="normalised", student_rows=rows[0], teacher_rows=rows[1]
+    ).trie(torch.device("cpu"))
+    flat = [x.flatten(0, 1) for x in logits]
+    sides = [
+        side_of(None, states, None, side, found)
+        for states, side, found in zip(flat, (own, other), (other["student_spans"], spans),
+                                       strict=True)
+    ]  # fmt: skip
+    at = places(*sides, offsets, spelt)
+    assert (at.nodes > 0).any()
+    target, weight = targets(lambda rows: flat[1][rows], at, spelt, 1.0, rows[0])
+    used = torch.zeros(rows[0], dtype=torch.bool).index_fill(0, spelt.used, True)
+    said = flat[0][at.rows].masked_fill(~used, -torch.inf).log_softmax(1)
+    target = target[:, used] / target.sum(1, keepdim=True)
+    kl = torch.special.xlogy(target, target) - target * said[:, used]
+    tokens = (own["labels"] != IGNORED).sum()
+    torch.testing.assert_close(loss, (weight * kl.sum(1)).sum() / tokens)
 
 
 def test_respelt_goes_forward_alone(tmp_path):

@@ -232,7 +232,6 @@ def respelt(
                 break
             places.append((a + n - 1, c - 1, whole[:n]))
     places.append((student.spans[-1][1] - 1, teacher.spans[-1][1] - 1, []))
-    used = sorted({token for tokens in spelling for token in tokens})
     total = torch.zeros((), dtype=torch.float64)
     for row, at, said in places:
         chances = (teacher_logits[at] / temperature).softmax(-1).tolist()
@@ -243,8 +242,12 @@ def respelt(
                 if len(tokens) > len(said):
                     target[tokens[len(said)]] = target.get(tokens[len(said)], 0.0) + chance
         p = torch.tensor([*target.values()], dtype=torch.float64)
-        q = (student_logits[row, used] / temperature).softmax(-1)[[used.index(x) for x in target]]
+        q = (student_logits[row] / temperature).softmax(-1)[[*target]]
         total = total + p.sum() / reached * kl(p / p.sum(), q)
+    taught = {row for row, _, _ in places}
+    for a, b in student.spans:
+        for row in {*range(a - 1, b - 1)} - taught:
+            total = total - student_logits[row].log_softmax(-1)[student.ids[row + 1]]
     return total
 
 

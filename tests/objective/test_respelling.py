@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sra import SpanDistiller, recipe, respelling
 from sra.model import Head
@@ -24,7 +25,6 @@ from tests import tiny
 
 # The student's tokens are letters, and the teacher's are these texts, each with its own state.
 LETTERS = "abcdef"
-USED = "abcde"  # by these texts
 TEXTS = ["a", "ab", "abc", "b", "bc", "ca", "d", "dd", "", "e"]
 
 
@@ -70,9 +70,9 @@ WORDS = ["ab", "d", "abc", "a|b", "dd", "ca", "b"]
 
 
 def by_hand(student, teacher, words, temperature=1.0):
-    """Sum of weight * KL, one place and one text after the other."""
+    """Sum of weight * KL, one place and one text after the other, and -log p of other tokens."""
 
-    def softmax(side, row):
+    def softmax(side, row, temperature=temperature):
         logits = side.head.weight @ side.hidden[row]
         if side.head.bias is not None:
             logits = logits + side.head.bias
@@ -95,10 +95,13 @@ def by_hand(student, teacher, words, temperature=1.0):
                     mass[text[len(said)]] += chance
         weight = sum(mass.values()) / whole
         own = softmax(student, row)
-        known = sum(q for letter, q in zip(LETTERS, own, strict=True) if letter in USED)
         for letter, q in zip(LETTERS, own, strict=True):
-            q, p = q / known, mass[letter] / sum(mass.values())
+            p = mass[letter] / sum(mass.values())
             total += weight * p * math.log(p / q) if p else 0.0
+    taught = {row for row, _, _ in where}
+    for begin, end in student.spans.tolist():
+        for row in {*range(begin - 1, end - 1)} - taught:
+            total -= math.log(softmax(student, row, 1.0)[student.ids[row + 1]])
     return total
 
 
@@ -121,15 +124,23 @@ def test_the_places():
 
 
 def test_no_place_where_the_student_spells_otherwise():
-    """Its token may reach beyond the teacher's, whose probability says little of it then."""
+    """Its token may reach beyond the teacher's, whose probability says little of it then: there
+    the token itself is the target."""
     student, teacher, offsets = sides(["ab", "abc", "d"])
     assert places(student, teacher, offsets, TREE).rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
     ids = student.ids.clone()
     ids[1] = LETTERS.index("e")  # for the first letter of "ab"
     ids[4] = LETTERS.index("d")  # for the second of "abc"
-    found = places(student._replace(ids=ids), teacher, offsets, TREE)
+    hidden = student.hidden.clone().requires_grad_()
+    student = student._replace(ids=ids, hidden=hidden)
+    found = places(student, teacher, offsets, TREE)
     assert found.rows.tolist() == [2, 5, 6]
     assert (found.nodes > 0).tolist() == [False] * 3
+    respelled_kl(student, teacher, offsets, TREE, 2.0)[0].backward()
+    alone = [0, 1, 3, 4]
+    gaps = (student.hidden[alone] @ student.head.weight.T).softmax(1)
+    gaps = gaps - F.one_hot(ids[[row + 1 for row in alone]], len(LETTERS))
+    torch.testing.assert_close(hidden.grad[alone], gaps @ student.head.weight)
 
 
 def test_a_target_sums_to_its_weight_and_the_rest_is_not_taught():
@@ -164,7 +175,9 @@ def test_one_vocabulary_is_the_plain_divergence():
     got, shared = respelled_kl(same, teacher, offsets, None, 2.0)
     rows = torch.cat([teacher.spans[:, 0] - 1, teacher.spans[-1:, 1] - 1])
     p, q = ((x.head.logits(x.hidden[rows]) / 2).log_softmax(-1) for x in (teacher, same))
-    torch.testing.assert_close(got, (p.exp() * (p - q)).sum())
+    inside = int(teacher.spans[3, 1]) - 1  # the second token of "a|b"
+    label = same.head.logits(same.hidden[inside - 1]).log_softmax(-1)[same.ids[inside]]
+    torch.testing.assert_close(got, (p.exp() * (p - q)).sum() - label)
     assert shared == len(WORDS)
 
 
