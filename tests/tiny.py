@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from sra import SharedVocabulary, SpanAligner, SpanCollator
@@ -74,6 +74,43 @@ def byte_level_bpe(entries: int, specials: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     return tokenizer
+
+
+@functools.cache
+def sentencepiece_tokenizer() -> Any:
+    """As Llama's: a space in front, ▁ for spaces, byte tokens for what has no piece."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trained.train_from_iterator(
+        ["The Nile flows through Egypt.", "print the sum of numbers 1, 2, 3"] * 4,
+        trainers.BpeTrainer(vocab_size=90, show_progress=False),
+    )
+    state = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *state["vocab"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            [tuple(merge) for merge in state["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
 
 
 @functools.cache

@@ -28,6 +28,7 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[float, float
 
 
 def by_mean(group: Sequence[Run]) -> tuple[bool, float]:
+    """To sort by: the lowest mean first, runs that diverged last."""
     mean, _ = mean_and_error([run.bits_per_byte for run in group])
     return math.isnan(mean), mean
 

@@ -70,19 +70,15 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
     ]
     for name in [*(x for x in order if x not in BOUNDS), *(x for x in BOUNDS if x in groups)]:
         group = groups[name]
-        cells = [
-            _cell(mean_and_error([getattr(run, field) for run in group]), digits)
-            for field, _, digits in COLUMNS
-        ]
+        cells = _measures(group)
         if name in BOUNDS:
-            lines.append(f"| {BOUNDS[name]} | {' | '.join(cells)} |  |  |  |  |")
+            lines.append(f"| {BOUNDS[name]} | {cells} |  |  |  |  |")
             continue
         less = "" if name == "cross-entropy" else _cell(difference(group, reference), 4)
         chosen = group[0]
         alpha = f"{chosen.alpha:g}" if MAIN.get(name, {}).get("recipe") != "cross-entropy" else ""
         lines.append(
-            f"| {name} | {' | '.join(cells)} | {less} | {chosen.learning_rate:g} | {alpha} | "
-            f"{len(group)} |"
+            f"| {name} | {cells} | {less} | {chosen.learning_rate:g} | {alpha} | {len(group)} |"
         )
     return "\n".join(lines)
 
@@ -98,14 +94,18 @@ def _ablations(runs: Sequence[Run]) -> str:
         children = changed(runs, parent)
         for name in (parent, *children) if children else ():
             group = of(runs, variant=name)
-            cells = [
-                _cell(mean_and_error([getattr(run, field) for run in group]), digits)
-                for field, _, digits in COLUMNS
-            ]
             less = "" if name == parent else _cell(difference(group, of(runs, variant=parent)), 4)
             title = f"**{name}**" if name == parent else name
-            lines.append(f"| {title} | {' | '.join(cells)} | {less} | {len(group)} |")
+            lines.append(f"| {title} | {_measures(group)} | {less} | {len(group)} |")
     return "\n".join(lines)
+
+
+def _measures(group: Sequence[Run]) -> str:
+    """The cells of `COLUMNS`."""
+    return " | ".join(
+        _cell(mean_and_error([getattr(run, field) for run in group]), digits)
+        for field, _, digits in COLUMNS
+    )
 
 
 def _cell(value: tuple[float, float], digits: int) -> str:

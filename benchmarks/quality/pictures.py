@@ -12,6 +12,8 @@ from benchmarks.quality.means import by_mean, by_share, changed, difference, mea
 from benchmarks.quality.settings import MAIN, OURS, REGIMES, SETTINGS
 from benchmarks.quality.table import Run, of
 
+COLOR, OUR_COLOR = "#475569", "#c2410c"
+
 
 def _pyplot() -> Any:
     import matplotlib
@@ -21,6 +23,19 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _point(panel: Any, mean: float, error: float, row: int, color: str) -> None:
+    """A mean with two standard errors on either side."""
+    panel.errorbar(
+        mean, row, xerr=0 if math.isnan(error) else 2 * error, fmt="o", capsize=3, color=color
+    )
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    _pyplot().close(figure)
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -34,17 +49,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         order = sorted(known, key=lambda name: by_mean(known[name]), reverse=True)
         for row, name in enumerate(order):
             mean, error = mean_and_error([run.bits_per_byte for run in known[name]])
-            panel.errorbar(
-                mean, row, xerr=0 if math.isnan(error) else 2 * error, fmt="o", capsize=3,
-                color="#c2410c" if name in OURS else "#475569",
-            )  # fmt: skip
+            _point(panel, mean, error, row, OUR_COLOR if name in OURS else COLOR)
         panel.set_yticks(range(len(order)), order)
         panel.set_title(REGIMES[regime].title, fontsize=10)
         panel.set_xlabel("held-out bits per byte (less is better)")
         panel.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def draw_ablations(runs: Sequence[Run], path: Path) -> bool:
@@ -67,19 +77,14 @@ def draw_ablations(runs: Sequence[Run], path: Path) -> bool:
         names = changed(found, recipe)[::-1]
         for row, name in enumerate(names):
             mean, error = difference(of(found, variant=name), of(found, variant=recipe))
-            panel.errorbar(
-                -mean, row, xerr=0 if math.isnan(error) else 2 * error, fmt="o", capsize=3,
-                color="#475569",
-            )  # fmt: skip
-        panel.axvline(0, color="#c2410c", linewidth=1)
+            _point(panel, -mean, error, row, COLOR)
+        panel.axvline(0, color=OUR_COLOR, linewidth=1)
         panel.set_yticks(range(len(names)), [name.removeprefix(f"{recipe}: ") for name in names])
         panel.set_ylim(-0.7, len(names) - 0.3)
         panel.set_title(f"{recipe}, {SETTINGS[setting].title}: {regime}", fontsize=10)
         panel.grid(axis="x", alpha=0.3)
     panels[-1][0].set_xlabel("bits per byte more than the recipe (left of the line is better)")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    _save(figure, path)
     return True
 
 
@@ -110,7 +115,5 @@ def draw_shares(runs: Sequence[Run], path: Path) -> bool:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("dev bits per byte, at the best rate")
     panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    _save(figure, path)
     return True

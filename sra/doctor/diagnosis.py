@@ -23,7 +23,6 @@ from sra.doctor import checks, model_checks, vocabulary_checks
 from sra.doctor.checks import Finding, Sample, Side
 from sra.doctor.planner import Machine, Plan, predict
 from sra.objective import DEFAULT, RECIPES, Objective
-from sra.vocabulary import SharedVocabulary
 
 LEVELS = ("error", "warning", "note", "ok")
 COLORS = {"error": "31", "warning": "33", "note": "36", "ok": "32"}
@@ -175,16 +174,18 @@ def diagnose(
     teacher = Side("teacher", teacher_tokenizer, teacher_config, aligner.teacher)
     sample = checks.sampled(aligner, student, teacher, rows, numbers or range(len(rows)))
     findings: list[Finding] = []
+    vocabularies = vocabulary_checks.shared_vocabularies(student, teacher)
     if sample.rows:
         findings += checks.alignment(sample, min_coverage)
         findings += checks.lengths(sample, max_length)
         findings += [checks.round_trip(side, sample) for side in (student, teacher)]
         findings += checks.normalisers(student, teacher, sample)
         findings += vocabulary_checks.vocabularies(
-            student, teacher, sample.tables, objective.outside
+            vocabularies, student, sample.tables, objective.outside
         )
-        if objective.logit and objective.outside == "respell":
-            findings += vocabulary_checks.targets(student, teacher, sample.tables, vocabulary_match)
+        shared = vocabularies.get(vocabulary_match)
+        if shared is not None and objective.logit and objective.outside == "respell":
+            findings.append(vocabulary_checks.targets(shared, sample.tables))
     findings += model_checks.templates(student, teacher, sample)
     for side in (student, teacher):
         findings += model_checks.control_tokens(side)
@@ -202,9 +203,14 @@ def diagnose(
                 "gradient_checkpointing": gradient_checkpointing,
             }
             collator = SpanCollator(aligner, max_length=max_length)
-            plan = _plan(
-                student, teacher, collator, sample, vocabulary_match, batch_size, machine, options
-            )
+            entries = None
+            if vocabularies:
+                if shared is None:
+                    raise ValueError(
+                        f"the vocabularies share no token by --vocabulary-match {vocabulary_match}."
+                    )
+                entries = len(shared)
+            plan = _plan(student, teacher, collator, sample, entries, batch_size, machine, options)
             findings += needs(plan, memory, batch_size, cached, gradient_checkpointing)
         except ValueError as error:
             findings.append(Finding("note", "resources", str(error), "Try a few: --measure 2."))
@@ -225,20 +231,15 @@ def _plan(
     teacher: Side,
     collator: SpanCollator,
     sample: Sample,
-    match: Literal["raw", "normalised"],
+    shared: int | None,
     batch_size: int,
     machine: Machine | None,
     options: dict[str, Any],
 ) -> Plan:
-    """Memory of the widest batch that this sample can make, seconds of the typical one."""
-    shared = None
-    if not vocabulary_checks.same_vocabulary(student, teacher):
-        shared = len(
-            SharedVocabulary(
-                student.bytes, teacher.bytes, match=match,
-                student_rows=student.rows, teacher_rows=teacher.rows,
-            )
-        )  # fmt: skip
+    """Memory of the widest batch that this sample can make, seconds of the typical one.
+
+    shared: entries of the shared vocabulary; None for one and the same.
+    """
     sizes = []
     for number, row in enumerate(sample.rows):
         example = collator.example(row, f"Row {number}")

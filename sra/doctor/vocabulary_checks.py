@@ -19,25 +19,38 @@ MATCHES: tuple[Match, ...] = ("raw", "normalised")
 MUCH_LOST, MOST = 0.5, 0.9
 
 
-def same_vocabulary(student: Side, teacher: Side) -> bool:
-    """Whether every string has the same id on both sides."""
+def shared_vocabularies(student: Side, teacher: Side) -> dict[Match, SharedVocabulary | None]:
+    """What is shared by each `match`, None if nothing is; empty if every string has the same id on
+    both sides."""
     one, other = student.bytes.backend, teacher.bytes.backend
-    return one.get_vocab_size() == other.get_vocab_size() and one.get_vocab() == other.get_vocab()
+    if one.get_vocab_size() == other.get_vocab_size() and one.get_vocab() == other.get_vocab():
+        return {}
+    found: dict[Match, SharedVocabulary | None] = {}
+    for match in MATCHES:
+        try:
+            found[match] = SharedVocabulary(
+                student.bytes, teacher.bytes, match=match,
+                student_rows=student.rows, teacher_rows=teacher.rows,
+            )  # fmt: skip
+        except ValueError:
+            found[match] = None
+    return found
 
 
 def vocabularies(
-    student: Side, teacher: Side, tables: Sequence[SpanTable], outside: str
-) -> list[Finding]:
+    shared: dict[Match, SharedVocabulary | None], student: Side, tables: Sequence[SpanTable],
+    outside: str,
+) -> list[Finding]:  # fmt: skip
     """What the vocabularies share, and how much of the data's teacher tokens that is."""
     topic = "vocabulary"
-    if same_vocabulary(student, teacher):
+    if not shared:
         return [
             Finding("note", topic, f"both have one and the same, of {student.entries:,} entries")
         ]
     counts: Counter[int] = Counter()
     for table in tables:
         counts.update(table.teacher_ids[table.teacher_start :].tolist())
-    raw, normal = (_shared(student, teacher, match, counts) for match in MATCHES)
+    raw, normal = (_entries_and_share(shared[match], counts) for match in MATCHES)
     if not normal[0]:
         return [
             Finding(
@@ -65,32 +78,16 @@ def vocabularies(
     return [Finding("ok", topic, text)]
 
 
-def _shared(student: Side, teacher: Side, match: Match, counts: Counter[int]) -> tuple[int, float]:
+def _entries_and_share(shared: SharedVocabulary | None, counts: Counter[int]) -> tuple[int, float]:
     """Shared entries, and the share of the counted teacher tokens that they are."""
-    try:
-        shared = SharedVocabulary(
-            student.bytes, teacher.bytes, match=match,
-            student_rows=student.rows, teacher_rows=teacher.rows,
-        )  # fmt: skip
-    except ValueError:
+    if shared is None:
         return 0, 0.0
     hits = sum(counts[i] for i in shared.teacher_ids.tolist())
     return len(shared), hits / max(sum(counts.values()), 1)
 
 
-def targets(
-    student: Side, teacher: Side, tables: Sequence[SpanTable], match: Match
-) -> list[Finding]:
+def targets(shared: SharedVocabulary, tables: Sequence[SpanTable]) -> Finding:
     """For how many of the student's tokens the respelt predictions of the teacher are a target."""
-    if same_vocabulary(student, teacher):
-        return []
-    try:
-        shared = SharedVocabulary(
-            student.bytes, teacher.bytes, match=match,
-            student_rows=student.rows, teacher_rows=teacher.rows,
-        )  # fmt: skip
-    except ValueError:  # nothing is shared, of which `vocabularies` speaks
-        return []
     spelt = shared.trie(torch.device("cpu"))
     taught = 0
     for table in tables:
@@ -101,12 +98,10 @@ def targets(
     share = taught / max(sum(spelling_tokens(table, 0) for table in tables), 1)
     text = f"{share:.1%} of the student's tokens have a target in the teacher's predictions"
     if share >= MOST:
-        return [Finding("ok", "targets", text)]
-    return [
-        Finding(
-            "note" if share >= MUCH_LOST else "warning", "targets",
-            f"{text}; the others are longer than the teacher's, or behind one that is",
-            "They learn from the labels; with --likelihood 1, from the teacher's probability of "
-            "whole spans too.",
-        )
-    ]  # fmt: skip
+        return Finding("ok", "targets", text)
+    return Finding(
+        "note" if share >= MUCH_LOST else "warning", "targets",
+        f"{text}; the others are longer than the teacher's, or behind one that is",
+        "They learn from the labels; with --likelihood 1, from the teacher's probability of whole "
+        "spans too.",
+    )  # fmt: skip
