@@ -1,66 +1,13 @@
-"""attention_mass against float64 and its part of the contract, on every backend."""
+"""attention_mass against float64 and by hand, on every backend; inputs good and bad."""
 
 import math
 
 import pytest
 import torch
-from torch.library import opcheck
 
-from sra_kernels import attention_mass, explain, native, use_backend
-from sra_kernels.attention_mass import portable
-from sra_kernels.attention_mass.reference import attention_mass as reference
-from sra_kernels.testing import DTYPES, AllocatedMemory, assert_as_good_as_torch
-
-B, HEADS, DIM = 4, 6, 8
-LENGTHS = {"square": (7, 7), "cached keys": (3, 7), "one row": (1, 5), "one key": (1, 1)}
-OPTIONS = {
-    "plain": {},
-    "softcap": {"softcap": 1.5},
-    "window": {"window": 3},
-    "window of one": {"window": 1},
-    "both": {"softcap": 0.7, "window": 2},
-}
-
-
-EVERY_ROW = {
-    "test_by_hand",
-    "test_equals_the_attention_matrix_of_sdpa",
-    "test_large_scores",
-    "test_a_given_log_sum_exp_equals_the_computed_one",
-    "test_a_row_of_no_log_sum_exp_gives_nothing",
-    "test_7_nothing_to_attend_to",
-    "test_9_rows_of_keys_far_apart",
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_row_alone_in_cuda(request):
-    test = request.node
-    if "backend" in test.fixturenames and request.getfixturevalue("backend") == "cuda":
-        one = test.callspec.params.get("rows", test.originalname not in EVERY_ROW)
-        if not one:
-            pytest.skip("of all query rows there is no CUDA kernel")
-
-
-def case(queries, keys, dtype=torch.float64, kv_heads=2, rows=False, mask="none"):
-    query = (2 * torch.randn(B, HEADS, queries, DIM)).to(dtype)
-    key = torch.randn(B, kv_heads, keys, DIM).to(dtype)
-    options = {"scale": 0.5}
-    if rows:
-        options["query_index"] = torch.randint(queries, (B,))
-    if mask == "padding":  # right, left, none, and a sample without any real key
-        real = torch.ones(B, keys, dtype=torch.bool)
-        real[0, keys // 2 + 1 :] = False
-        real[1, : keys // 2] = False
-        real[3] = False
-        options["key_mask"] = real
-    elif mask == "random":
-        options["key_mask"] = torch.rand(B, keys) < 0.7
-    return query, key, options
-
-
-def eager(query, key, scale, query_index=None, key_mask=None, softcap=None, window=None):
-    return reference(query, key, query_index, scale, key_mask, softcap, window)
+from sra_kernels import attention_mass, use_backend
+from sra_kernels.testing import DTYPES, assert_as_good_as_torch
+from tests.attention_mass.cases import DIM, HEADS, LENGTHS, OPTIONS, B, case, eager
 
 
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS.values(), ids=LENGTHS)
@@ -257,126 +204,6 @@ def test_keys_that_hold_infinities(backend, rows):
     hidden[:, 2] = False
     want = attention_mass(query, key, **options, key_mask=hidden)
     torch.testing.assert_close(attention_mass(query, key, **options), want)
-
-
-# --- the contract ---
-
-
-def test_2_inputs_are_not_mutated(backend):
-    query, key, options = case(5, 5, rows=True, mask="random")
-    tensors = query, key, options["query_index"], options["key_mask"]
-    before = [x.clone() for x in tensors]
-    attention_mass(query, key, **options)
-    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
-
-
-def test_4_no_gradient_and_no_complaint_about_it():
-    query, key, options = case(5, 5)
-    mass = attention_mass(query.requires_grad_(), key.requires_grad_(), **options)
-    assert not mass.requires_grad
-    with use_backend("reference"):
-        want = attention_mass(query, key, **options)
-    assert not want.requires_grad
-    torch.testing.assert_close(mass, want)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [True, False])
-def test_6_no_host_sync(rows):
-    query, key, options = case(5, 7, torch.float32, rows=rows, mask="padding")
-    want = attention_mass(query, key, **options)
-    query, key = query.cuda(), key.cuda()
-    options = {k: v.cuda() if torch.is_tensor(v) else v for k, v in options.items()}
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mass = attention_mass(query, key, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(mass.cpu(), want)
-
-
-def test_7_nothing_to_attend_to(backend):
-    query, key, options = case(5, 5, mask="padding")
-    assert not attention_mass(query, key, **options)[3].any()
-    empty = attention_mass(query[:0], key[:0], scale=1.0)
-    assert empty.shape == (0, 5)
-    assert attention_mass(query[:, :, :0], key[:, :, :0], scale=1.0).shape == (B, 0)
-
-
-@pytest.mark.parametrize("rows", [True, False])
-@pytest.mark.parametrize("window", [None, 4])
-@use_backend("torch")
-def test_8_same_bits_again_and_the_same_numbers_for_any_chunk(rows, window, monkeypatch):
-    query, key, options = case(33, 40, torch.float32, rows=rows, mask="random")
-    options["window"] = window
-    first = attention_mass(query, key, **options)
-    assert torch.equal(attention_mass(query, key, **options), first)
-    for size in (1, 4 * HEADS * 40 * 3, 4 * HEADS * 40 * 33, 4 * HEADS * 40 * 33 * 2):
-        monkeypatch.setattr(portable, "CHUNK_BYTES", size)
-        torch.testing.assert_close(attention_mass(query, key, **options), first)
-
-
-@pytest.mark.parametrize("rows", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@use_backend("torch")
-def test_memory_stays_under_the_plan_and_keys_are_not_repeated(rows, dtype, monkeypatch):
-    monkeypatch.setattr(portable, "CHUNK_BYTES", 1 << 20)
-    keys = 600
-    query, key, options = case(keys, keys, dtype, kv_heads=1, rows=rows)
-    with AllocatedMemory() as memory:
-        attention_mass(query, key, **options)
-    plan = explain(attention_mass, query, key, **options)
-    assert 0.3 * plan.peak_bytes < memory.peak <= plan.peak_bytes
-    assert memory.largest < 4 * HEADS * keys * keys / 4
-
-
-@pytest.mark.skipif(native.cpu is None, reason="no C++ library here")
-def test_the_plan_is_that_of_the_backend():
-    query, key = torch.empty(2, 6, 9000, 64, device="meta"), torch.empty(2, 2, 9000, 64)
-    with use_backend("cpu"):
-        every = explain(attention_mass, query, key, scale=1.0)
-        given = explain(attention_mass, query, key, scale=1.0, lse=torch.empty(2, 6, 9000))
-        one = explain(attention_mass, query, key, scale=1.0, query_index=torch.tensor([3, 4]))
-    assert every.backend == "cpu"
-    assert every.chunk == "tiles of 48 query rows, 64 partial masses a sample"
-    assert one.peak_bytes < given.peak_bytes < every.peak_bytes < 9000 * 9000
-    with use_backend("torch"):
-        assert "chunks of" in explain(attention_mass, query, key, scale=1.0).chunk
-
-
-# --- torch's own checks ---
-
-
-@pytest.mark.parametrize("rows", [True, False])
-@pytest.mark.parametrize("batch", [0, B])
-def test_opcheck(rows, batch):
-    query, key, options = case(5, 7, torch.float32, rows=rows, mask="padding")
-    index = options["query_index"][:batch] if rows else None
-    args = (query[:batch], key[:batch], index, 0.5, options["key_mask"][:batch], 2.0, 3, None)
-    opcheck(torch.ops.sra_kernels.attention_mass_forward.default, args)
-    opcheck(torch.ops.sra_kernels.attention_mass_forward.default, (*args[:4], *[None] * 4))
-
-
-@pytest.mark.parametrize("rows", [True, False])
-def test_compiles_without_a_break_and_for_any_length(rows):
-    def mass(query, key, index, mask):
-        return attention_mass(query, key, query_index=index, scale=0.5, key_mask=mask).square()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(mass, fullgraph=True, dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (5, 8, 13):
-            query, key, options = case(length, length, torch.float32, rows=rows, mask="padding")
-            args = (query, key, options.get("query_index"), options["key_mask"])
-            torch.testing.assert_close(compiled(*args), mass(*args))
-
-
-def test_a_raw_operator_refuses_to_be_differentiated():
-    query, key, _ = case(5, 5)
-    with pytest.raises(RuntimeError, match=r"Call sra_kernels\.attention_mass"):
-        torch.ops.sra_kernels.attention_mass_forward(
-            query.requires_grad_(), key, None, 1.0, None, None, None, None
-        )
 
 
 # --- inputs ---

@@ -9,7 +9,7 @@ from torch import nn
 from sra import TeacherCache
 from sra.states import model_states
 from tests import tiny
-from tests.distiller.test_distiller import SPAN_RECIPES, assert_same, distiller, gradients, wider
+from tests.distiller.cases import SPAN_RECIPES, assert_same, distiller, gradients, wider
 
 
 @pytest.fixture(scope="module")
