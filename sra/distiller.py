@@ -23,12 +23,11 @@ from sra.model import (
     head_of,
     head_rows,
     linear_map,
-    run_trunk,
     state_width,
     trunk_of,
 )
 from sra.objective import DEFAULT, RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
-from sra.states import States, model_states, trunk_inputs
+from sra.states import States, model_states, run_trunk, trunk_inputs
 from sra.tied import with_tied, without_tied
 from sra.vocabulary import SharedVocabulary, check_heads
 
@@ -310,8 +309,8 @@ class SpanDistiller(nn.Module):
             return States((hidden,) * count, (hidden[..., 0],) * count if mass else ())
         if not inputs["input_ids"].numel():
             # No row of this batch is for this teacher. It runs all the same: the shards of one that
-            # is sharded are gathered by all ranks together.
-            inputs = {"input_ids": inputs["input_ids"].new_zeros(1, 1)}
+            # is sharded are gathered by all ranks together (by `check_packing` too).
+            inputs = {n: x.new_zeros(1, 1) for n, x in inputs.items() if n != "attention_mask"}
         device = next(teacher.parameters()).device
         inputs = {name: x.to(device) for name, x in inputs.items()}
         return model_states(teacher, **inputs, layers=layers, mass=mass)

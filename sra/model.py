@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,22 +104,6 @@ def call_inside(module: Any, function: Callable[..., Any], **inputs: Any) -> Any
         del names["forward"]
         if own is not None:
             names["forward"] = own
-
-
-def run_trunk(model: Any, **inputs: Any) -> Any:
-    """The outputs of `trunk_of`, of a model that is sharded too.
-
-    Raises:
-        TypeError: sequences without padding, and a model that would read them as one.
-    """
-    trunk = trunk_of(model)
-    packed = "position_ids" in inputs and "attention_mask" not in inputs
-    if packed and "position_ids" not in inspect.signature(trunk.forward).parameters:
-        raise TypeError(
-            f"{type(trunk).__name__} takes no position_ids, so it would read sequences without "
-            'padding as one. Pad them: padding_free=False, or SpanCollator(padding="right").'
-        )
-    return call_inside(causal_lm(model), trunk, **inputs)
 
 
 def head_of(model: Any) -> Head:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sra.attention import attention_of, record_attention_mass
-from sra.model import States, causal_lm, run_trunk, trunk_of
+from sra.model import States, call_inside, causal_lm, trunk_of
+from sra.packing import check_packing
 
 
 def trunk_inputs(
@@ -23,6 +24,17 @@ def trunk_inputs(
         "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids
     }  # fmt: skip
     return {name: x for name, x in inputs.items() if x is not None} | {"use_cache": False}
+
+
+def run_trunk(model: Any, **inputs: Any) -> Any:
+    """The outputs of `trunk_of`, of a model that is sharded too.
+
+    Raises:
+        TypeError: sequences without padding, and a model that would mix them.
+    """
+    if "position_ids" in inputs and "attention_mask" not in inputs:
+        check_packing(model, inputs["input_ids"].device)
+    return call_inside(causal_lm(model), trunk_of(model), **inputs)
 
 
 def model_states(

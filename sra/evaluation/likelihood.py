@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sra.chat import render
-from sra.model import head_of, run_trunk
+from sra.model import head_of
+from sra.states import run_trunk
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sra.batch import sequence_rows
 from sra.evaluation.likelihood import CHUNK_ELEMENTS
-from sra.model import Head, head_of, run_trunk
-from sra.states import trunk_inputs
+from sra.model import Head, head_of
+from sra.states import run_trunk, trunk_inputs
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import span_kl
 

@@ -87,8 +87,7 @@ def _sharded_student(
 def sharded_teacher(rank: int, world: int, folder: Path) -> None:
     """Trunk and head are units; routed rows, so that some ranks have none for a teacher."""
     module = pairs.distiller(2)
-    make = pairs.collator(2)
-    _, want = pairs.alone(module, make(pairs.ROUTED))
+    _, want = pairs.alone(module, pairs.collator(2)(pairs.ROUTED))
     heads = [head_of(teacher).weight.clone() for teacher in module.teachers]
     for teacher in module.teachers:
         for layer in trunk_of(teacher).layers:
@@ -97,8 +96,8 @@ def sharded_teacher(rank: int, world: int, folder: Path) -> None:
         fully_shard(teacher.lm_head)
         assert all(isinstance(p, DTensor) for p in teacher.parameters())
     wrapped = torch.nn.parallel.DistributedDataParallel(module)
-    for _ in range(2):
-        batch = make(pairs.shares(pairs.ROUTED, rank, world))
+    for padding in ("right", "free"):
+        batch = pairs.collator(2, padding=padding)(pairs.shares(pairs.ROUTED, rank, world))
         counts = pairs.total(count_items([batch]))
         wrapped.zero_grad()
         (wrapped(**batch, num_items_in_batch=counts).loss * world).backward()

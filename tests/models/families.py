@@ -164,7 +164,7 @@ def build(name: str, rows: int, **changes: Any) -> Any:
     model = build_one.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
             elif parameter_name.endswith(("bias", "sinks")):
                 parameter.normal_()
