@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.readme import replace_block
 from benchmarks.registry import NAMES
 
 Row = dict[str, str]
@@ -40,7 +41,6 @@ LINES = ("copy", "GEMM")  # they make the roofline, and are no bars
 QUOTED = "default"  # the malloc that people have
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
-BLOCK = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 
 ROOFLINE = (
     "*Of the roofline*: the time that the slower of memory and arithmetic needs at least, over the "
@@ -250,16 +250,9 @@ def _memory(mine: Row, best: Row | None) -> str:
 
 
 def rewrite_readme(path: Path, results: Path) -> None:
-    """Replaces what stands between the two markers."""
-    begin, end = BLOCK
-    text = path.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"{path} has no block between {begin} and {end}.")
-    head, rest = text.split(begin, 1)
-    _, tail = rest.split(end, 1)
+    """Replaces its table."""
     paths = [results / f"{name}.csv" for name in NAMES]
-    block = readme([read(path) for path in paths if path.exists()])
-    path.write_text(f"{head}{begin}\n{block}\n{end}{tail}")
+    replace_block(path, "benchmarks", readme([read(path) for path in paths if path.exists()]))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.quality --speed              seconds and memory, alone on the machine
     python -m benchmarks.quality --small              one seed of some methods, at the rates and
                                                       shares that the CSV chose; under 20 minutes
-    python -m benchmarks.quality --page               docs/evidence.md from the CSV, no runs
+    python -m benchmarks.quality --page               docs/evidence.md and the README's sentence
+                                                      from the CSV, no runs
 
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
 as many tries for each; then three seeds are measured on the test split. Settings with the same

@@ -1,4 +1,4 @@
-"""docs/evidence.md and its pictures, from the CSV and nothing else."""
+"""docs/evidence.md, its pictures and the README's claim, from the CSV and nothing else."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ from benchmarks.quality.settings import (
     WARMUP,
 )
 from benchmarks.quality.table import Run, of
+from benchmarks.quality.verdicts import claim, verdicts
+from benchmarks.readme import replace_block
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS, README = (Path(__file__).parents[2] / name for name in ("docs", "README.md"))
 PAGE, TEXT = DOCS / "evidence.md", Path(__file__).with_name("evidence.md")
 COLUMNS = (  # field, title, decimals
     ("bits_per_byte", "bits per byte", 4),
@@ -168,33 +170,6 @@ def _bits(runs: Sequence[Run]) -> list[float]:
     return [run.bits_per_byte for run in runs]
 
 
-def verdicts(runs: Sequence[Run]) -> str:
-    """Where a recipe of ours is below every other method by two standard errors, and where not."""
-    lines = ["| setting | methods so far | best of ours | next best | difference | beyond two "
-             "standard errors |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for setting in SETTINGS:
-        for regime in REGIMES:
-            found = of(runs, setting=setting, regime=regime, split="test")
-            groups = {name: of(found, variant=name) for name in MAIN}
-            mine = {name: groups[name] for name in OURS if groups[name]}
-            rest = {n: g for n, g in groups.items() if g and n not in OURS}
-            if not mine or not rest:
-                continue
-            best = min(mine, key=lambda name: by_mean(mine[name]))
-            rival = min(rest, key=lambda name: by_mean(rest[name]))
-            mean, error = difference(mine[best], rest[rival])
-            sure = not math.isnan(error) and mean > 2 * error
-            title = f"{SETTINGS[setting].title}: {REGIMES[regime].title}"
-            lines.append(
-                f"| {title} | {len(mine) + len(rest)} of {len(MAIN)} | {best} | {rival} | "
-                f"{_cell((mean, error), 4)} | "
-                f"{'yes' if sure else 'no'} |"
-            )
-    if len(lines) == 2:
-        return "*No recipe of ours has been measured beside another method yet.*"
-    return "\n".join(lines)
-
-
 def pulls_table(pulls: Sequence[Pull]) -> str:
     """Norm and cosine of each term's gradient, by setting and student."""
     if not pulls:
@@ -215,7 +190,8 @@ def pulls_table(pulls: Sequence[Pull]) -> str:
 
 
 def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
-    """docs/evidence.md: the text of benchmarks/quality/evidence.md with the tables in it."""
+    """docs/evidence.md: the text of benchmarks/quality/evidence.md with the tables in it; and the
+    README's sentence."""
     pictures = []
     for setting in SETTINGS:
         found = of(runs, setting=setting, split="test")
@@ -247,3 +223,4 @@ def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
     for name, value in facts.items():
         text = text.replace("{" + name + "}", value)
     PAGE.write_text(text.rstrip() + "\n")
+    replace_block(README, "evidence", f"{claim(runs)} ([docs/evidence.md](docs/evidence.md)).")

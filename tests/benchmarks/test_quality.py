@@ -28,6 +28,7 @@ from benchmarks.quality.settings import (
     VARIANTS,
 )
 from benchmarks.quality.table import Run, append, read
+from benchmarks.quality.verdicts import claim, verdicts
 from sra import SRAConfig
 
 
@@ -141,18 +142,36 @@ def runs_of(bits):
     ]
 
 
-def test_the_verdict_asks_for_two_standard_errors():
-    sure = runs_of({"cross-entropy": [1.5, 1.52, 1.51], "boundary": [1.4, 1.42, 1.41]})
-    assert (
-        f"| 2 of {len(MAIN)} | boundary | cross-entropy | 0.1000 ± 0.0000 | yes |"
-        in page.verdicts(sure)
+def test_the_verdict_asks_for_two_standard_errors_of_every_other():
+    runs = runs_of({
+        "respell": [1.4, 1.42, 1.41], "cross-entropy": [1.5, 1.52, 1.51], "uld": [math.nan] * 3,
+    })  # fmt: skip
+    start = f"| Pruned, from Qwen: one pass over fresh data | 2 of {len(MAIN) - 1} | "
+    assert verdicts(runs).endswith(
+        f"{start}0.1000 ± 0.0000 | cross-entropy | 0.1000 ± 0.0000 | yes |"
     )
-    unsure = runs_of({"cross-entropy": [1.5, 1.4, 1.6], "paper": [1.4, 1.5, 1.5]})
-    assert page.verdicts(unsure).endswith("| no |")
-    worse = runs_of({"uld": [1.0, 1.0, 1.0], "paper": [1.4, 1.4, 1.4]})
-    assert page.verdicts(worse).endswith("| paper | uld | -0.4000 ± 0.0000 | no |")
-    alone = runs_of({"cross-entropy": [1.5], "paper": [1.0]})
-    assert page.verdicts(alone).endswith("| no |")
+    runs += runs_of({"paper": [1.44, 1.40, 1.42]})
+    assert verdicts(runs).endswith("| paper | 0.0100 ± 0.0173 | no: level with paper |")
+    runs += runs_of({"dskd": [1.3, 1.32, 1.31], "alm": [1.0]})  # one seed says nothing
+    assert verdicts(runs).endswith("| no: behind dskd, level with paper |")
+    assert "measured beside another method yet" in verdicts(runs_of({"respell": [1.0] * 3}))
+
+
+def test_the_claim_is_what_the_runs_say():
+    assert claim([]) == "`respell` has not been measured beside cross-entropy yet"
+    runs = runs_of({"respell": [1.4, 1.42, 1.41], "cross-entropy": [1.5, 1.52, 1.51]})
+    assert claim(runs) == (
+        "Measured beside 1 other methods on 1 pairs and amounts of data, `respell` ends 0.10 to "
+        "0.10 bits per byte below cross-entropy alone; it is ahead of all of them in 1 (by more "
+        "than two standard errors)"
+    )
+    chinese = [dataclasses.replace(run, setting="chinese") for run in runs]
+    more = chinese + runs + runs_of({"uld": [1.41, 1.40, 1.42]})
+    assert "up to 2 other methods on 2 pairs" in claim(more)
+    assert claim(more).endswith("ahead of all of them in 1 (by more than two standard errors), "
+                                "level with some in 1")  # fmt: skip
+    worse = [*chinese, *runs, *runs_of({"uld": [1.2] * 3, "mined": [1.0] * 3})]
+    assert claim(worse).endswith("standard errors), behind mined, uld in 1")
 
 
 def test_the_table_is_in_order_and_marks_what_diverged():
@@ -203,9 +222,8 @@ def test_the_student_before_and_its_teacher_stand_below_the_methods():
     below = page.tables(runs, ["prune-qwen"], ["fresh"]).splitlines()[-2:]
     assert below[0].startswith("| *the student before* | 4.0000 | 0.500 | 10.0 | 2.000 |  |")
     assert below[1].startswith("| *its teacher* | 0.5000 |")
-    ours = runs_of({"paper": [1.4, 1.42, 1.41]})
-    verdict = page.verdicts([*runs, *ours])  # a teacher is no rival
-    assert f"| 2 of {len(MAIN)} | paper | cross-entropy |" in verdict
+    verdict = verdicts([*runs, *runs_of({"respell": [1.4, 1.42, 1.41]})])  # a teacher is no rival
+    assert f"| 1 of {len(MAIN) - 1} | " in verdict
 
 
 def test_what_a_step_costs_is_timed_alone_once_all_is_done():
@@ -254,6 +272,8 @@ def test_shares_of_two_settings_are_no_curve(tmp_path):
 def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "DOCS", tmp_path)
     monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(page, "README", tmp_path / "README.md")
+    page.README.write_text("before\n<!-- evidence -->\nold\n<!-- /evidence -->\nafter\n")
     runs = runs_of(
         {"cross-entropy": [1.5, 1.52, 1.51], "paper: bucket": [1.4] * 3, "paper": [2] * 3}
     )
@@ -262,6 +282,10 @@ def test_the_page(tmp_path, monkeypatch):
     assert "{" not in text
     assert "holds 9 runs so far" in text
     assert "#### Ablations" in text
+    assert page.README.read_text() == (
+        f"before\n<!-- evidence -->\n{claim(runs)} ([docs/evidence.md](docs/evidence.md)).\n"
+        "<!-- /evidence -->\nafter\n"
+    )
     for picture in ("prune-qwen", "ablations"):
         assert (tmp_path / f"evidence-{picture}.svg").stat().st_size > 1000
     before = text, (tmp_path / "evidence-prune-qwen.svg").read_bytes()

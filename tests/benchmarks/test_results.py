@@ -109,9 +109,10 @@ def test_only_the_block_of_the_readme_is_rewritten(results, tmp_path):
         plot.rewrite_readme(readme, results)
 
 
-def test_the_readme_of_this_repository_has_the_block():
+@pytest.mark.parametrize("name", ["benchmarks", "evidence"])
+def test_the_readme_of_this_repository_has_the_block(name):
     text = (ROOT / "README.md").read_text()
-    assert text.index(plot.BLOCK[0]) < text.index(plot.BLOCK[1])
+    assert text.index(f"<!-- {name} -->") < text.index(f"<!-- /{name} -->")
 
 
 @pytest.mark.skipif(

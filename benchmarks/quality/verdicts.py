@@ -1,0 +1,110 @@
+"""Whether the default recipe wins: a table for the page, a sentence for the README."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks.quality.means import by_mean, difference
+from benchmarks.quality.settings import MAIN, REGIMES, SETTINGS
+from benchmarks.quality.table import Run, of
+from sra.objective import DEFAULT
+
+
+class Standing(NamedTuple):
+    """The default recipe among the others, on one pair and amount of data.
+
+    below: mean and error of what each other method has more, seed by seed.
+    best: the other of the lowest mean.
+    """
+
+    setting: str
+    regime: str
+    below: dict[str, tuple[float, float]]
+    best: str
+
+    @property
+    def level(self) -> list[str]:
+        """Those within two standard errors of it."""
+        return [x for x in self.below if not self._beyond(x, 1) and not self._beyond(x, -1)]
+
+    @property
+    def ahead_of_it(self) -> list[str]:
+        return [x for x in self.below if self._beyond(x, -1)]
+
+    def _beyond(self, name: str, sign: int) -> bool:
+        mean, error = self.below[name]
+        if math.isnan(mean):  # it diverged
+            return sign > 0
+        return sign * mean > 2 * error
+
+
+def standings(runs: Sequence[Run]) -> list[Standing]:
+    """Where the default recipe and others were measured by more than one seed."""
+    found = []
+    for setting, regime in itertools.product(SETTINGS, REGIMES):
+        here = of(runs, setting=setting, regime=regime, split="test")
+        groups = {name: of(here, variant=name) for name in MAIN}
+        groups = {name: group for name, group in groups.items() if len(group) > 1}
+        mine = groups.pop(DEFAULT, [])
+        if mine and groups:
+            best = min(groups, key=lambda name: by_mean(groups[name]))
+            below = {name: difference(mine, group) for name, group in groups.items()}
+            found.append(Standing(setting, regime, below, best))
+    return found
+
+
+def verdicts(runs: Sequence[Run]) -> str:
+    """A row for each pair and amount of data."""
+    found = standings(runs)
+    if not found:
+        return f"*`{DEFAULT}` has not been measured beside another method yet.*"
+    lines = [
+        f"| setting | others so far | `{DEFAULT}` below cross-entropy | best of the others "
+        f"| `{DEFAULT}` below it | ahead of all of them |",
+        "|---|---|---|---|---|---|",
+    ]
+    for standing in found:
+        no = [f"behind {name}" for name in standing.ahead_of_it]
+        no += [f"level with {name}" for name in standing.level]
+        title = f"{SETTINGS[standing.setting].title}: {REGIMES[standing.regime].title}"
+        lines.append(
+            f"| {title} | {len(standing.below)} of {len(MAIN) - 1} | "
+            f"{_signed(standing.below.get('cross-entropy'))} | {standing.best} | "
+            f"{_signed(standing.below[standing.best])} | "
+            f"{'no: ' + ', '.join(no) if no else 'yes'} |"
+        )
+    return "\n".join(lines)
+
+
+def _signed(value: tuple[float, float] | None) -> str:
+    if value is None or math.isnan(value[0]):
+        return "–"
+    mean, error = value
+    return f"{mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+
+
+def claim(runs: Sequence[Run]) -> str:
+    """What the README says of the default recipe, in one sentence."""
+    found = standings(runs)
+    beside = [x.below["cross-entropy"][0] for x in found if "cross-entropy" in x.below]
+    if not beside:
+        return f"`{DEFAULT}` has not been measured beside cross-entropy yet"
+    most = max(len(x.below) for x in found)
+    up_to = "up to " if any(len(x.below) < most for x in found) else ""
+    behind = [x for x in found if x.ahead_of_it]
+    level = [x for x in found if x.level and not x.ahead_of_it]
+    ahead = [x for x in found if not x.level and not x.ahead_of_it]
+    parts = [f"ahead of all of them in {len(ahead)} (by more than two standard errors)"]
+    if level:
+        parts.append(f"level with some in {len(level)}")
+    if behind:
+        names = sorted({name for x in behind for name in x.ahead_of_it})
+        parts.append(f"behind {', '.join(names)} in {len(behind)}")
+    return (
+        f"Measured beside {up_to}{most} other methods on {len(found)} pairs and amounts of data, "
+        f"`{DEFAULT}` ends {min(beside):.2f} to {max(beside):.2f} bits per byte below "
+        f"cross-entropy alone; it is {', '.join(parts)}"
+    )
