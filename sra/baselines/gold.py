@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, Side
+from sra.baselines.ranks import sorted_distance
 from sra.side import rows_of
 
 ROWS = 64  # whose two distributions are sorted at once: 64 * 150,000 fp32 is 38 MB
@@ -76,7 +76,8 @@ class GOLD(Baseline):
             with torch.no_grad():  # here, so that it is not kept for the backward
                 t = self._log_probabilities(pair.teacher, theirs) + target[:, None]
             matched = jensen_shannon(s[:, own[0]], t[:, other[0]], self.beta)
-            return weight * matched + rest * sorted_distance(s[:, own[1]], t[:, other[1]])
+            unmatched = sorted_distance(s[:, own[1]].exp(), t[:, other[1]].exp())
+            return weight * matched + rest * unmatched
 
         columns = (
             pair.student.hidden[rows - 1],
@@ -146,13 +147,3 @@ def jensen_shannon(s: Tensor, t: Tensor, beta: float) -> Tensor:
     share = torch.tensor(beta, dtype=s.dtype, device=s.device)
     m = torch.logaddexp(t + share.log(), s + torch.log1p(-share))
     return (share * t.exp() * (t - m) + (1 - share) * s.exp() * (s - m)).sum()
-
-
-def sorted_distance(s: Tensor, t: Tensor) -> Tensor:
-    """Of probabilities by their rank in each row, given as logarithms; summed."""
-    width = max(s.shape[-1], t.shape[-1])
-    ours, theirs = (
-        F.pad(x.exp().sort(dim=-1, descending=True).values, (0, width - x.shape[-1]))
-        for x in (s, t)
-    )
-    return (ours - theirs).abs().sum()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, lined_up
+from sra.baselines.ranks import sorted_distance
 
 ROWS = 64  # whose two distributions are sorted at once: 64 * 150,000 fp32 is 38 MB
 
@@ -41,13 +41,10 @@ class ULD(Baseline):
         return total
 
     def _distance(self, pair: Pair, own: Tensor, other: Tensor) -> Tensor:
-        """The teacher's is sorted again in the backward: all of them are as large as all logits."""
+        """The teacher's is made again in the backward: all of them are as large as all logits."""
         with torch.no_grad():
-            target = self._sorted(pair.teacher.head.logits(other))
-        ranks = self._sorted(pair.student.head.logits(own))
-        width = max(ranks.shape[-1], target.shape[-1])
-        ranks, target = (F.pad(x, (0, width - x.shape[-1])) for x in (ranks, target))
-        return (ranks - target).abs().sum()
+            target = self._probabilities(pair.teacher.head.logits(other))
+        return sorted_distance(self._probabilities(pair.student.head.logits(own)), target)
 
-    def _sorted(self, logits: Tensor) -> Tensor:
-        return (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True).values
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return (logits / self.temperature).softmax(dim=-1)
