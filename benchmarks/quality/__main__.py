@@ -9,8 +9,9 @@
                                                       from the CSV, no runs
 
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
-as many tries for each; then three seeds are measured on the test split. Settings with the same
-student share what was chosen, and an ablation takes what was chosen for the recipe that it changes.
+as many tries for each; then three seeds are measured on the test split. The control with one
+tokenizer takes what was chosen on the first pair, which has the same student; an ablation what was
+chosen for the recipe that it changes.
 The students as they start and the teachers are measured too.
 
 Two commands with different --settings may run side by side into one CSV.

@@ -31,7 +31,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("prune-qwen", "Pruned, from Qwen", SMOL, QWEN, 16, "en", "zh", "prune-qwen"),
-        Setting("prune-gemma", "Pruned, from Gemma", SMOL, GEMMA, 16, "en", "zh", "prune-qwen"),
+        Setting("prune-gemma", "Pruned, from Gemma", SMOL, GEMMA, 16, "en", "zh", "prune-gemma"),
         Setting("chinese", "New language, from Qwen", SMOL, QWEN, None, "zh", "en", "chinese"),
         Setting("same", "Pruned, from its whole self", SMOL, SMOL, 16, "en", "zh", "prune-qwen"),
     )
