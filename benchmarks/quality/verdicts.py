@@ -67,14 +67,14 @@ def verdicts(runs: Sequence[Run]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for standing in found:
-        no = [f"behind {name}" for name in standing.ahead_of_it]
-        no += [f"level with {name}" for name in standing.level]
+        groups = {"behind": standing.ahead_of_it, "level with": standing.level}
+        no = [f"{where} {', '.join(names)}" for where, names in groups.items() if names]
         title = f"{SETTINGS[standing.setting].title}: {REGIMES[standing.regime].title}"
         lines.append(
             f"| {title} | {len(standing.below)} of {len(MAIN) - 1} | "
             f"{_signed(standing.below.get('cross-entropy'))} | {standing.best} | "
             f"{_signed(standing.below[standing.best])} | "
-            f"{'no: ' + ', '.join(no) if no else 'yes'} |"
+            f"{'no: ' + '; '.join(no) if no else 'yes'} |"
         )
     return "\n".join(lines)
 

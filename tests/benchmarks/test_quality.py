@@ -153,7 +153,7 @@ def test_the_verdict_asks_for_two_standard_errors_of_every_other():
     runs += runs_of({"paper": [1.44, 1.40, 1.42]})
     assert verdicts(runs).endswith("| paper | 0.0100 ± 0.0173 | no: level with paper |")
     runs += runs_of({"dskd": [1.3, 1.32, 1.31], "alm": [1.0]})  # one seed says nothing
-    assert verdicts(runs).endswith("| no: behind dskd, level with paper |")
+    assert verdicts(runs).endswith("| no: behind dskd; level with paper |")
     assert "measured beside another method yet" in verdicts(runs_of({"respell": [1.0] * 3}))
 
 
