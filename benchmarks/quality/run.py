@@ -31,6 +31,7 @@ from benchmarks.quality.settings import (
     WARMUP,
     Regime,
     Setting,
+    has_share,
 )
 from benchmarks.quality.table import Run
 from sra import (
@@ -165,8 +166,8 @@ class Bench:
             RuntimeError: "... not finite ..." if it diverged.
         """
         options = dict(VARIANTS[variant])
-        if options.get("recipe") != "cross-entropy":
-            options["alpha"] = alpha
+        if has_share(variant):
+            options.setdefault("alpha", alpha)
         scratch = Path(tempfile.mkdtemp(prefix="sra-quality-"))
         config = SRAConfig(
             output_dir=str(scratch), max_steps=regime.steps, per_device_train_batch_size=BATCH,

@@ -3,6 +3,7 @@ for each of them on the dev split."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,7 @@ ABLATIONS: dict[str, Options] = {
     "boundary: normalised vocabulary": {"recipe": "boundary", "vocabulary_match": "normalised"},
     "boundary: words": {"recipe": "boundary", "granularity": "word"},
     "boundary + likelihood": {"recipe": "boundary", "likelihood": 1.0},
+    "respell: no cross-entropy": {"recipe": "respell", "alpha": 0.0},
     "respell + likelihood": {"recipe": "respell", "likelihood": 1.0},
     "respell + cosine": {"recipe": "respell", "cosine": 1.0},
     "respell: gamma 1": {"recipe": "respell", "gamma": 1.0},
@@ -135,13 +137,14 @@ ABLATIONS: dict[str, Options] = {
 }  # fmt: skip
 
 VARIANTS = MAIN | ABLATIONS
-# An ablation is run at the learning rate and share that were chosen for its recipe, where that
-# recipe is at home: the paper's is not where the vocabularies share little.
+# An ablation is run at the learning rate and share that were chosen for its recipe (unless the
+# share is what it changes), where that recipe is at home: the paper's is not where the vocabularies
+# share little.
 PARENTS = {name: str(options["recipe"]) for name, options in ABLATIONS.items()}
 ABLATED = {
     "paper": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
     "boundary": (("prune-qwen", "fresh"),),
-    "respell": (("prune-qwen", "fresh"), ("chinese", "fresh")),
+    "respell": tuple(itertools.product(("prune-qwen", "chinese"), REGIMES)),
 }
 
 # Every method is tried as often: at the two middle learning rates, at the one beyond the better of
