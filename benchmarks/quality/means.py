@@ -27,6 +27,14 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[float, float
     return mean_and_error(pairs)
 
 
+def written(value: tuple[float, float], digits: int) -> str:
+    """A mean and its error in a table; a dash for what diverged."""
+    mean, error = value
+    if not math.isfinite(mean):
+        return "–"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
 def by_mean(group: Sequence[Run]) -> tuple[bool, float]:
     """To sort by: the lowest mean first, runs that diverged last."""
     mean, _ = mean_and_error([run.bits_per_byte for run in group])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.gradients import TERMS, Pull
-from benchmarks.quality.means import by_mean, changed, difference, mean_and_error
+from benchmarks.quality.means import by_mean, changed, difference, mean_and_error, written
 from benchmarks.quality.pictures import draw, draw_ablations, draw_shares
 from benchmarks.quality.settings import (
     ABLATIONS,
@@ -76,7 +76,7 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
         if name in BOUNDS:
             lines.append(f"| {BOUNDS[name]} | {cells} |  |  |  |  |")
             continue
-        less = "" if name == "cross-entropy" else _cell(difference(group, reference), 4)
+        less = "" if name == "cross-entropy" else written(difference(group, reference), 4)
         chosen = group[0]
         alpha = f"{chosen.alpha:g}" if MAIN.get(name, {}).get("recipe") != "cross-entropy" else ""
         lines.append(
@@ -96,7 +96,7 @@ def _ablations(runs: Sequence[Run]) -> str:
         children = changed(runs, parent)
         for name in (parent, *children) if children else ():
             group = of(runs, variant=name)
-            less = "" if name == parent else _cell(difference(group, of(runs, variant=parent)), 4)
+            less = "" if name == parent else written(difference(group, of(runs, variant=parent)), 4)
             title = f"**{name}**" if name == parent else name
             lines.append(f"| {title} | {_measures(group)} | {less} | {len(group)} |")
     return "\n".join(lines)
@@ -105,16 +105,9 @@ def _ablations(runs: Sequence[Run]) -> str:
 def _measures(group: Sequence[Run]) -> str:
     """The cells of `COLUMNS`."""
     return " | ".join(
-        _cell(mean_and_error([getattr(run, field) for run in group]), digits)
+        written(mean_and_error([getattr(run, field) for run in group]), digits)
         for field, _, digits in COLUMNS
     )
-
-
-def _cell(value: tuple[float, float], digits: int) -> str:
-    mean, error = value
-    if math.isnan(mean):
-        return "–"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def costs(runs: Sequence[Run]) -> str:
@@ -128,8 +121,8 @@ def costs(runs: Sequence[Run]) -> str:
         cells = []
         for setting in settings:
             found = of(runs, setting=setting, variant=variant)
-            cells.append(_cell(mean_and_error([run.seconds_a_step for run in found]), 2))
-            cells.append(_cell(mean_and_error([run.peak_gib for run in found]), 1))
+            cells.append(written(mean_and_error([run.seconds_a_step for run in found]), 2))
+            cells.append(written(mean_and_error([run.peak_gib for run in found]), 1))
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,7 +144,7 @@ def overview(runs: Sequence[Run]) -> str:
         for _, _, groups in columns:
             means = [mean_and_error(values)[0] for values in groups.values()]
             least = min(mean for mean in means if not math.isnan(mean))
-            cell = _cell(mean_and_error(groups[name]), 3)
+            cell = written(mean_and_error(groups[name]), 3)
             if mean_and_error(groups[name])[0] == least:
                 mean, *error = cell.split(" ", 1)
                 cell = " ".join([f"**{mean}**", *error])
@@ -161,7 +154,7 @@ def overview(runs: Sequence[Run]) -> str:
     for name, title in BOUNDS.items():
         bound = [_bits(of(runs, setting=setting, variant=name)) for setting, _, _ in columns]
         if any(bound):
-            cells = [_cell(mean_and_error(values), 3) for values in bound]
+            cells = [written(mean_and_error(values), 3) for values in bound]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.quality.means import by_mean, difference
+from benchmarks.quality.means import by_mean, difference, written
 from benchmarks.quality.settings import MAIN, REGIMES, SETTINGS
 from benchmarks.quality.table import Run, of
 from sra.objective import DEFAULT
+
+UNKNOWN = math.nan, math.nan
 
 
 class Standing(NamedTuple):
@@ -36,8 +38,6 @@ class Standing(NamedTuple):
 
     def _beyond(self, name: str, sign: int) -> bool:
         mean, error = self.below[name]
-        if math.isnan(mean):  # it diverged
-            return sign > 0
         return sign * mean > 2 * error
 
 
@@ -51,9 +51,17 @@ def standings(runs: Sequence[Run]) -> list[Standing]:
         mine = groups.pop(DEFAULT, [])
         if mine and groups:
             best = min(groups, key=lambda name: by_mean(groups[name]))
-            below = {name: difference(mine, group) for name, group in groups.items()}
+            below = {name: _below(mine, group) for name, group in groups.items()}
             found.append(Standing(setting, regime, below, best))
     return found
+
+
+def _below(mine: Sequence[Run], group: Sequence[Run]) -> tuple[float, float]:
+    """`difference`, infinite where one of the two diverged."""
+    diverged = [by_mean(runs)[0] for runs in (mine, group)]
+    if diverged[0] != diverged[1]:
+        return (-math.inf if diverged[0] else math.inf), 0.0
+    return difference(mine, group)
 
 
 def verdicts(runs: Sequence[Run]) -> str:
@@ -72,18 +80,11 @@ def verdicts(runs: Sequence[Run]) -> str:
         title = f"{SETTINGS[standing.setting].title}: {REGIMES[standing.regime].title}"
         lines.append(
             f"| {title} | {len(standing.below)} of {len(MAIN) - 1} | "
-            f"{_signed(standing.below.get('cross-entropy'))} | {standing.best} | "
-            f"{_signed(standing.below[standing.best])} | "
+            f"{written(standing.below.get('cross-entropy', UNKNOWN), 4)} | {standing.best} | "
+            f"{written(standing.below[standing.best], 4)} | "
             f"{'no: ' + '; '.join(no) if no else 'yes'} |"
         )
     return "\n".join(lines)
-
-
-def _signed(value: tuple[float, float] | None) -> str:
-    if value is None or math.isnan(value[0]):
-        return "–"
-    mean, error = value
-    return f"{mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
 def claim(runs: Sequence[Run]) -> str:
@@ -92,19 +93,20 @@ def claim(runs: Sequence[Run]) -> str:
     beside = [x.below["cross-entropy"][0] for x in found if "cross-entropy" in x.below]
     if not beside:
         return f"`{DEFAULT}` has not been measured beside cross-entropy yet"
-    most = max(len(x.below) for x in found)
-    up_to = "up to " if any(len(x.below) < most for x in found) else ""
+    others = " to ".join(map(str, sorted({f(len(x.below) for x in found) for f in (min, max)})))
     behind = [x for x in found if x.ahead_of_it]
     level = [x for x in found if x.level and not x.ahead_of_it]
     ahead = [x for x in found if not x.level and not x.ahead_of_it]
-    parts = [f"ahead of all of them in {len(ahead)} (by more than two standard errors)"]
+    parts = [
+        f"ahead of all that were measured there in {len(ahead)} (by more than two standard errors)"
+    ]
     if level:
         parts.append(f"level with some in {len(level)}")
     if behind:
         names = sorted({name for x in behind for name in x.ahead_of_it})
         parts.append(f"behind {', '.join(names)} in {len(behind)}")
     return (
-        f"Measured beside {up_to}{most} other methods on {len(found)} pairs and amounts of data, "
+        f"Measured beside {others} other methods on {len(found)} pairs and amounts of data, "
         f"`{DEFAULT}` ends {min(beside):.2f} to {max(beside):.2f} bits per byte below "
         f"cross-entropy alone; it is {', '.join(parts)}"
     )

@@ -154,6 +154,8 @@ def test_the_verdict_asks_for_two_standard_errors_of_every_other():
     assert verdicts(runs).endswith("| paper | 0.0100 ± 0.0173 | no: level with paper |")
     runs += runs_of({"dskd": [1.3, 1.32, 1.31], "alm": [1.0]})  # one seed says nothing
     assert verdicts(runs).endswith("| no: behind dskd; level with paper |")
+    lost = runs_of({"respell": [math.nan] * 3, "dskd": [1.3] * 3, "uld": [math.nan] * 3})
+    assert verdicts(lost).endswith("| – | dskd | – | no: behind dskd; level with uld |")
     assert "measured beside another method yet" in verdicts(runs_of({"respell": [1.0] * 3}))
 
 
@@ -162,14 +164,13 @@ def test_the_claim_is_what_the_runs_say():
     runs = runs_of({"respell": [1.4, 1.42, 1.41], "cross-entropy": [1.5, 1.52, 1.51]})
     assert claim(runs) == (
         "Measured beside 1 other methods on 1 pairs and amounts of data, `respell` ends 0.10 to "
-        "0.10 bits per byte below cross-entropy alone; it is ahead of all of them in 1 (by more "
-        "than two standard errors)"
+        "0.10 bits per byte below cross-entropy alone; it is ahead of all that were measured "
+        "there in 1 (by more than two standard errors)"
     )
     chinese = [dataclasses.replace(run, setting="chinese") for run in runs]
     more = chinese + runs + runs_of({"uld": [1.41, 1.40, 1.42]})
-    assert "up to 2 other methods on 2 pairs" in claim(more)
-    assert claim(more).endswith("ahead of all of them in 1 (by more than two standard errors), "
-                                "level with some in 1")  # fmt: skip
+    assert "beside 1 to 2 other methods on 2 pairs" in claim(more)
+    assert claim(more).endswith("in 1 (by more than two standard errors), level with some in 1")
     worse = [*chinese, *runs, *runs_of({"uld": [1.2] * 3, "mined": [1.0] * 3})]
     assert claim(worse).endswith("standard errors), behind mined, uld in 1")
 

@@ -72,8 +72,17 @@ def test_dropout_is_no_leak_and_comes_back():
 
 
 def test_autocast_rounds_more():
+    """What a convolution hardly passes on is seen in float32, and rounding in bfloat16."""
+    model = build("lfm2-convolution-last", 97)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv1d):
+                module.weight.mul_(0.02)
     with torch.autocast("cpu", torch.bfloat16):
-        check_packing(build("qwen3-moe", 97), CPU)
+        check_packing(model, CPU)
+    model.set_attn_implementation("eager")  # so that it is asked again
+    with pytest.raises(TypeError, match=r"changes its states"):
+        check_packing(model, CPU)
 
 
 def test_the_check_leaves_the_mass_of_the_batch():

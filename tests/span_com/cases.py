@@ -2,10 +2,7 @@
 
 import torch
 
-from sra_kernels.testing import (
-    ragged_spans,
-    real_lengths,
-)
+from sra_kernels.testing import ragged_spans, real_lengths
 
 
 def seeded(seed):
