@@ -20,7 +20,6 @@ from benchmarks.quality.settings import (
     FINER,
     MAIN,
     MAX_TOKENS,
-    OURS,
     RATES,
     REGIMES,
     SEEDS,
@@ -92,7 +91,7 @@ def _ablations(runs: Sequence[Run]) -> str:
         "| recipe, change | " + " | ".join(titles) + " | below its recipe | seeds |",
         "|---|" + "---|" * (len(titles) + 2),
     ]
-    for parent in OURS:
+    for parent in MAIN:
         children = changed(runs, parent)
         for name in (parent, *children) if children else ():
             group = of(runs, variant=name)

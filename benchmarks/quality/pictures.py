@@ -62,7 +62,7 @@ def draw_ablations(runs: Sequence[Run], path: Path) -> bool:
     and regime; False, and no picture, if there is none."""
     cells = [
         (recipe, setting, regime, found)
-        for recipe, setting, regime in itertools.product(OURS, SETTINGS, REGIMES)
+        for recipe, setting, regime in itertools.product(MAIN, SETTINGS, REGIMES)
         if changed(found := of(runs, setting=setting, regime=regime), recipe)
     ]
     if not cells:

@@ -95,7 +95,7 @@ OURS = ("respell", "boundary", "paper")
 
 ACCIDENTS = "paper: its authors' accidents"  # see accidents.py
 
-# Each from its recipe, by one change or the few that are named.
+# Each from its recipe or method, by one change or the few that are named.
 ABLATIONS: dict[str, Options] = {
     "paper: logit": {"recipe": "paper", "cosine": 0.0, "gamma": 0.0},
     "paper: logit + cosine": {"recipe": "paper", "gamma": 0.0},
@@ -134,17 +134,21 @@ ABLATIONS: dict[str, Options] = {
     "respell: mean over spans": {"recipe": "respell", "normaliser": "spans"},
     "respell: normalised vocabulary": {"recipe": "respell", "vocabulary_match": "normalised"},
     "respell: likelihood instead": {"recipe": "respell", "logit": 0.0, "likelihood": 1.0},
+    "simple-ctkd: no cross-entropy": {"method": "simple-ctkd", "alpha": 0.0},
 }  # fmt: skip
 
 VARIANTS = MAIN | ABLATIONS
-# An ablation is run at the learning rate and share that were chosen for its recipe (unless the
-# share is what it changes), where that recipe is at home: the paper's is not where the vocabularies
-# share little.
-PARENTS = {name: str(options["recipe"]) for name, options in ABLATIONS.items()}
+# An ablation is run at the learning rate and share that were chosen for its recipe or method
+# (unless the share is what it changes), where that is at home: the paper's is not where the
+# vocabularies share little.
+PARENTS = {
+    name: str(options.get("recipe") or options["method"]) for name, options in ABLATIONS.items()
+}
 ABLATED = {
     "paper": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
     "boundary": (("prune-qwen", "fresh"),),
     "respell": tuple(itertools.product(("prune-qwen", "chinese"), REGIMES)),
+    "simple-ctkd": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
 }
 
 # Every method is tried as often: at the two middle learning rates, at the one beyond the better of

@@ -13,11 +13,11 @@ from benchmarks.quality.gradients import Pull
 from benchmarks.quality.means import by_share
 from benchmarks.quality.pictures import draw_shares
 from benchmarks.quality.settings import (
+    ABLATED,
     ABLATIONS,
     BOUNDS,
     FINER,
     MAIN,
-    OURS,
     PARENTS,
     RATES,
     REGIMES,
@@ -90,7 +90,7 @@ def test_an_ablation_takes_what_was_chosen_for_its_recipe():
     assert {(run.learning_rate, run.alpha) for run in done[TRIES:]} == {(1e-4, 0.5)}
     assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"])] == []
     assert set(PARENTS) == set(ABLATIONS)
-    assert set(PARENTS.values()) <= set(OURS)
+    assert set(PARENTS.values()) == set(ABLATED) <= set(MAIN)
 
 
 def test_the_control_takes_what_was_chosen_on_the_first_pair():
