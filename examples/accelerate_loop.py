@@ -28,7 +28,7 @@ student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32
 teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16)
 student_tokenizer = AutoTokenizer.from_pretrained(args.student)
 teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-vocabulary = sra.SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw")
+vocabulary = sra.SharedVocabulary(student_tokenizer, teacher_tokenizer, match="normalised")
 distiller = sra.SpanDistiller(
     student, teacher.to(accelerator.device), sra.recipe("respell"), vocabulary=vocabulary
 )

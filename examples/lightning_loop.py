@@ -45,7 +45,7 @@ student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32
 teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16)
 student_tokenizer = AutoTokenizer.from_pretrained(args.student)
 teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-vocabulary = SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw")
+vocabulary = SharedVocabulary(student_tokenizer, teacher_tokenizer, match="normalised")
 distiller = SpanDistiller(student, teacher, recipe("respell"), vocabulary=vocabulary)
 collator = SpanCollator(SpanAligner(student_tokenizer, teacher_tokenizer), max_length=512)
 loader = DataLoader(load_rows(args.data), args.batch_size, shuffle=True, collate_fn=collator)

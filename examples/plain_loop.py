@@ -30,7 +30,7 @@ distiller = SpanDistiller(
     student,
     teacher,
     recipe("respell"),
-    vocabulary=SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw"),
+    vocabulary=SharedVocabulary(student_tokenizer, teacher_tokenizer, match="normalised"),
 )
 collator = SpanCollator(SpanAligner(student_tokenizer, teacher_tokenizer), max_length=512)
 loader = DataLoader(

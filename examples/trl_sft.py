@@ -45,7 +45,7 @@ trainer = SpanSFTTrainer(
         student,
         teacher.to(config.device),
         recipe("respell"),
-        vocabulary=SharedVocabulary(student_tokenizer, teacher_tokenizer, match="raw"),
+        vocabulary=SharedVocabulary(student_tokenizer, teacher_tokenizer, match="normalised"),
     ),
     config,
     train_dataset=Dataset.from_list(load_rows(args.data)),

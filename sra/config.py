@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from transformers import TrainingArguments
 
 from sra.baselines import METHODS, Baseline, baseline
-from sra.objective import DEFAULT, Objective, recipe
+from sra.objective import DEFAULT, Objective, recipe, vocabulary_match
 
 OBJECTIVE_FIELDS = (
     "alpha",
@@ -68,8 +68,12 @@ class SRAConfig(TrainingArguments):
             "negative ones count from the last, -1."
         },
     )
-    vocabulary_match: Literal["raw", "normalised"] = field(
-        default="raw", metadata={"help": 'Shared vocabulary: "raw" strings or "normalised".'}
+    vocabulary_match: Literal["raw", "normalised"] | None = field(
+        default=None,
+        metadata={
+            "help": 'Entries are shared if their strings ("raw", for the paper\'s recipe) or their '
+            'bytes are equal ("normalised", for all else).'
+        },
     )
     granularity: Literal["token", "word", "sentence"] = field(
         default="token", metadata={"help": 'Spans: "token", "word" or "sentence".'}
@@ -112,6 +116,9 @@ class SRAConfig(TrainingArguments):
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage = {self.min_coverage}: it is a share, 0 to 1.")
         self.objective()
+        if self.vocabulary_match is None:
+            name = self.recipe if self.method == "sra" else self.method
+            self.vocabulary_match = vocabulary_match(name)
         # A batch is made of rows of text: it cannot be cut into the ranks' parts afterwards.
         cast(Any, self.accelerator_config).dispatch_batches = False
 

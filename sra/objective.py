@@ -154,6 +154,12 @@ RECIPES = {
 DEFAULT = "respell"
 
 
+def vocabulary_match(name: str) -> Literal["raw", "normalised"]:
+    """How a recipe pairs two vocabularies: the paper's by equal strings, all others by equal bytes
+    (`SharedVocabulary`)."""
+    return "raw" if name == "paper" else "normalised"
+
+
 def recipe(name: str, **changes: Any) -> Objective:
     """A named objective, with changes.
 

@@ -49,25 +49,16 @@ class SharedVocabulary:
     ) -> None:
         if match not in ("raw", "normalised"):
             raise ValueError(f"match must be 'raw' or 'normalised', got {match!r}")
-        student, teacher = byte_tokenizer(student_tokenizer), byte_tokenizer(teacher_tokenizer)
-        entries = _by_string if match == "raw" else _by_bytes
-        in_student: dict[Any, int] = entries(student)
-        in_teacher: dict[Any, int] = entries(teacher)
-        pairs = {in_student[key]: in_teacher[key] for key in in_student.keys() & in_teacher.keys()}
-        if match == "normalised" and student.eos_id is not None and teacher.eos_id is not None:
-            pairs = {s: t for s, t in pairs.items() if t != teacher.eos_id}
-            pairs[student.eos_id] = teacher.eos_id
-        shared = sorted(
-            (s, t)
-            for s, t in pairs.items()
-            if (student_rows is None or s < student_rows)
-            and (teacher_rows is None or t < teacher_rows)
-        )
+        self._sides = byte_tokenizer(student_tokenizer), byte_tokenizer(teacher_tokenizer)
+        self._rows = student_rows, teacher_rows
+        self._match = match
+        shared = _pairs(*self._sides, match, *self._rows)
         if not shared:
             raise ValueError(
-                f"The vocabularies share no token (match={match!r}; {len(in_student):,} student "
-                f"and {len(in_teacher):,} teacher entries, heads of {student_rows or 'unlimited'} "
-                f"and {teacher_rows or 'unlimited'} rows). "
+                f"The vocabularies share no token (match={match!r}; "
+                f"{len(self._sides[0].token_bytes):,} student and "
+                f"{len(self._sides[1].token_bytes):,} teacher entries, heads of "
+                f"{student_rows or 'unlimited'} and {teacher_rows or 'unlimited'} rows). "
                 + (
                     "They may spell word starts differently: try match='normalised'."
                     if match == "raw"
@@ -75,15 +66,21 @@ class SharedVocabulary:
                 )
             )
         self.student_ids, self.teacher_ids = torch.tensor(shared, dtype=torch.int64).unbind(1)
-        self._sides = student, teacher
-        self._rows = student_rows, teacher_rows
         self._tries: dict[torch.device, Trie] = {}
 
     def trie(self, device: torch.device) -> Trie:
         """How the student spells every entry of the teacher's, shared or not; made when it is first
-        asked for (2 s for 150,000 entries), and kept on each device."""
+        asked for (2 s for 150,000 entries), and kept on each device.
+
+        By bytes, whatever `match`: of equal strings, some spell others (Gemma's `é` is two bytes,
+        in a byte-level alphabet it stands for a third), and the ends of sequences are not equal.
+        """
         if not self._tries:
             shared = self.student_ids, self.teacher_ids
+            if self._match == "raw":
+                same = _pairs(*self._sides, "normalised", *self._rows)
+                ids = torch.tensor(same, dtype=torch.int64).view(-1, 2)
+                shared = ids[:, 0], ids[:, 1]
             self._tries[torch.device("cpu")] = spelt_with(*self._sides, shared, *self._rows)
         if device not in self._tries:
             own = self._tries[torch.device("cpu")]
@@ -117,6 +114,28 @@ def check_heads(vocabulary: SharedVocabulary | None, student_rows: int, teacher_
                 f"The shared vocabulary names id {int(ids.max())} of the {side}, whose head has "
                 f"{rows} rows. Build it with {side}_rows={rows}."
             )
+
+
+def _pairs(
+    student: ByteTokenizer,
+    teacher: ByteTokenizer,
+    match: Literal["raw", "normalised"],
+    student_rows: int | None,
+    teacher_rows: int | None,
+) -> list[tuple[int, int]]:
+    """(student's id, teacher's id) of each token that both have, ascending."""
+    entries = _by_string if match == "raw" else _by_bytes
+    own: dict[Any, int] = entries(student)
+    other: dict[Any, int] = entries(teacher)
+    pairs = {own[key]: other[key] for key in own.keys() & other.keys()}
+    if match == "normalised" and student.eos_id is not None and teacher.eos_id is not None:
+        pairs = {s: t for s, t in pairs.items() if t != teacher.eos_id}
+        pairs[student.eos_id] = teacher.eos_id
+    return sorted(
+        (s, t)
+        for s, t in pairs.items()
+        if (student_rows is None or s < student_rows) and (teacher_rows is None or t < teacher_rows)
+    )
 
 
 def _by_string(tokenizer: ByteTokenizer) -> dict[str, int]:

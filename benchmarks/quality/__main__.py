@@ -73,7 +73,9 @@ def cases(
     """
     for setting, regime, variant in itertools.product(settings, regimes, variants):
         parent = PARENTS.get(variant, variant)
-        if variant in ABLATIONS and (setting, regime.name) not in ABLATED[parent]:
+        if variant in ABLATIONS and (setting, regime.name) not in ABLATED.get(
+            variant, ABLATED[parent]
+        ):
             continue
         mine = of(done, setting=setting, regime=regime.name, steps=regime.steps)
         tuned_on = SETTINGS[setting].tuned_on

@@ -249,7 +249,7 @@ class Bench:
         if self.setting.student == self.setting.teacher:
             return None
         sizes = {"student_rows": head_rows(student), "teacher_rows": head_rows(self.teacher)}
-        return SharedVocabulary(*self.tokenizers, match="raw", **sizes)
+        return SharedVocabulary(*self.tokenizers, match="normalised", **sizes)
 
     def _fitting(self, language: str) -> list[Row]:
         """Instructions that fit into `MAX_TOKENS` of both sides, in one order for ever."""

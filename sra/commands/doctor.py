@@ -26,7 +26,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--rows", type=int, default=200, help="look at so many, evenly spaced")
     parser.add_argument("--memory", type=float, help="GiB (otherwise what this machine has)")
     parser.add_argument("--recipe", choices=RECIPES, default="respell")
-    parser.add_argument("--vocabulary-match", choices=("raw", "normalised"), default="raw")
+    parser.add_argument(
+        "--vocabulary-match", choices=("raw", "normalised"),
+        help="pair equal strings or equal bytes (otherwise as the recipe does)",
+    )  # fmt: skip
     parser.add_argument("--granularity", choices=("token", "word", "sentence"), default="token")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of each side")
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from sra.data import load_rows
     from sra.doctor import diagnose
     from sra.doctor.planner import available_memory
-    from sra.objective import recipe
+    from sra.objective import recipe, vocabulary_match
     from sra.packages import load_tokenizer, resolve_model
     from sra.precision import faster_dtype
 
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         dtype = getattr(torch, args.dtype)
     objective = recipe(args.recipe)
+    match = args.vocabulary_match or vocabulary_match(args.recipe)
     diagnosis = diagnose(
         *tokenizers,
         rows,
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         student_name=Path(args.student).name,
         teacher_name=Path(args.teacher).name,
         objective=objective,
-        vocabulary_match=args.vocabulary_match,
+        vocabulary_match=match,
         granularity=args.granularity,
         max_length=args.max_length,
         batch_size=args.batch_size,
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
                 rows,
                 steps=args.measure,
                 objective=objective,
-                vocabulary_match=args.vocabulary_match,
+                vocabulary_match=match,
                 granularity=args.granularity,
                 max_length=args.max_length,
                 batch_size=args.batch_size,

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--max-prompt-length", type=int, default=256, help="of ROUGE-L's prompts")
-    parser.add_argument("--vocabulary-match", choices=("raw", "normalised"), default="raw")
+    parser.add_argument("--vocabulary-match", choices=("raw", "normalised"), default="normalised")
     parser.add_argument(
         "--output", help="folder of results.json and generations.jsonl; what it has is kept"
     )

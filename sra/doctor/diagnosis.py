@@ -137,7 +137,7 @@ def diagnose(
     student_name: str = "student",
     teacher_name: str = "teacher",
     objective: Objective = RECIPES[DEFAULT],
-    vocabulary_match: Literal["raw", "normalised"] = "raw",
+    vocabulary_match: Literal["raw", "normalised"] = "normalised",
     granularity: Literal["token", "word", "sentence"] = "token",
     max_length: int = 512,
     batch_size: int = 4,
@@ -181,7 +181,7 @@ def diagnose(
         findings += [checks.round_trip(side, sample) for side in (student, teacher)]
         findings += checks.normalisers(student, teacher, sample)
         findings += vocabulary_checks.vocabularies(
-            vocabularies, student, sample.tables, objective.outside
+            vocabularies, vocabulary_match, student, sample.tables, objective.outside
         )
         shared = vocabularies.get(vocabulary_match)
         if shared is not None and objective.logit and objective.outside == "respell":

@@ -31,7 +31,7 @@ def trial(
     *,
     steps: int,
     objective: Objective,
-    vocabulary_match: Literal["raw", "normalised"] = "raw",
+    vocabulary_match: Literal["raw", "normalised"] = "normalised",
     granularity: Literal["token", "word", "sentence"] = "token",
     max_length: int = 512,
     batch_size: int = 4,

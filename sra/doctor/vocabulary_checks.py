@@ -38,8 +38,8 @@ def shared_vocabularies(student: Side, teacher: Side) -> dict[Match, SharedVocab
 
 
 def vocabularies(
-    shared: dict[Match, SharedVocabulary | None], student: Side, tables: Sequence[SpanTable],
-    outside: str,
+    shared: dict[Match, SharedVocabulary | None], match: Match, student: Side,
+    tables: Sequence[SpanTable], outside: str,
 ) -> list[Finding]:  # fmt: skip
     """What the vocabularies share, and how much of the data's teacher tokens that is."""
     topic = "vocabulary"
@@ -73,7 +73,7 @@ def vocabularies(
                 )
             ]  # fmt: skip
         return [Finding("note", topic, text)]
-    if normal[1] > raw[1] + FEW:
+    if match == "raw" and normal[1] > raw[1] + FEW:
         return [Finding("note", topic, text, "Use --vocabulary-match normalised.")]
     return [Finding("ok", topic, text)]
 

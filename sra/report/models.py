@@ -199,7 +199,7 @@ def _pair(
     vocabulary = SharedVocabulary(
         student[1],
         teacher[1],
-        match=config.get("vocabulary_match") or "raw",
+        match=config.get("vocabulary_match") or "normalised",
         student_rows=head_rows(student[0]),
         teacher_rows=head_rows(teacher[0]),
     )

@@ -90,7 +90,10 @@ def test_an_ablation_takes_what_was_chosen_for_its_recipe():
     assert {(run.learning_rate, run.alpha) for run in done[TRIES:]} == {(1e-4, 0.5)}
     assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"])] == []
     assert set(PARENTS) == set(ABLATIONS)
-    assert set(PARENTS.values()) == set(ABLATED) <= set(MAIN)
+    assert set(PARENTS.values()) <= set(MAIN)
+    assert set(ABLATED) == {*PARENTS.values(), "paper: normalised vocabulary"}
+    elsewhere = [*cases(done, ["prune-qwen"], [REGIMES["fresh"]], ["paper: normalised vocabulary"])]
+    assert elsewhere == []
 
 
 def test_the_control_takes_what_was_chosen_on_the_first_pair():

@@ -124,3 +124,19 @@ def test_none_keeps_what_the_recipe_says():
     assert config.objective().gamma == 0
     assert config.objective().temperature == 2
     assert json.loads(config.to_json_string())["recipe"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "normalised"),
+        ({"recipe": "paper"}, "raw"),
+        ({"recipe": "paper", "vocabulary_match": "normalised"}, "normalised"),
+        ({"recipe": "boundary", "vocabulary_match": "raw"}, "raw"),
+        ({"recipe": "paper", "method": "uld"}, "normalised"),
+    ],
+)
+def test_vocabularies_are_paired_as_the_recipe_does(options, match):
+    config = SRAConfig(output_dir="x", **options)
+    assert config.vocabulary_match == match
+    assert json.loads(config.to_json_string())["vocabulary_match"] == match

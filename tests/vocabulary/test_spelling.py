@@ -9,7 +9,7 @@ from real_tokenizers import load
 from torch import Tensor
 
 from sra import SharedVocabulary, SpanAligner
-from sra.packages import fetch_instructions
+from sra.packages import fetch_instructions, load_tokenizer
 from sra.respelling import in_order, in_spans, targets
 from sra.spelling import DEPTH, spellings, trie
 from sra.token_bytes import ByteTokenizer
@@ -94,15 +94,32 @@ def spelling_of(vocabulary: SharedVocabulary, teacher_id: int) -> list[int]:
         node = first + int(through[0, 0]) + 1
 
 
-def test_shared_entries_are_their_partners_and_control_tokens_have_no_spelling() -> None:
+def test_shared_entries_are_their_partners_and_most_control_tokens_have_no_spelling() -> None:
     vocabulary = tiny.vocabulary()
     for own, other in zip(vocabulary.student_ids, vocabulary.teacher_ids, strict=True):
         assert spelling_of(vocabulary, int(other)) == [int(own)]
     tree = vocabulary.trie(torch.device("cpu"))
-    for token in ("<|pad|>", "<|begin|>", "<|end|>"):
-        i = tiny.teacher_tokenizer().convert_tokens_to_ids(token)
+    teacher = tiny.teacher_tokenizer()
+    for token in ("<|pad|>", "<|begin|>"):
+        i = teacher.convert_tokens_to_ids(token)
         assert tree.rank[i] == -1
         assert i not in tree.entries
+    assert spelling_of(vocabulary, teacher.eos_token_id) == [tiny.student_tokenizer().eos_token_id]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("match", ["raw", "normalised"])
+def test_spellings_are_by_bytes_whatever_the_match(match: str) -> None:
+    """As strings, Gemma's `é` is SmolLM2's byte E9, and the two ends of a text differ."""
+    names = "SmolLM2-135M-Instruct", "Gemma-3-270M"
+    own, other = (ByteTokenizer(load_tokenizer(name)) for name in names)
+    vocabulary = SharedVocabulary(own, other, match=match)  # type: ignore[arg-type]
+    spelt = vocabulary.trie(torch.device("cpu")).begins
+    letter = other.backend.token_to_id("é")
+    assert letter in SharedVocabulary(own, other, match="raw").teacher_ids
+    assert own.token_bytes[spelt[letter]] == "é".encode()
+    assert own.eos_id is not None
+    assert spelt[other.eos_id] == own.eos_id
 
 
 def test_ids_beyond_the_heads_are_never_named() -> None:
