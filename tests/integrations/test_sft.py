@@ -65,7 +65,13 @@ def test_it_trains_as_sra_trainer_does(tmp_path):
     ours = SRATrainer(
         tiny.student_model(torch.float64),
         tiny.teacher_model(torch.float64),
-        SRAConfig(output_dir=str(tmp_path / "sra"), recipe="boundary", cosine=0.0, **OPTIONS),
+        SRAConfig(
+            output_dir=str(tmp_path / "sra"),
+            recipe="boundary",
+            cosine=0.0,
+            vocabulary_match="raw",
+            **OPTIONS,
+        ),
         train_dataset=tiny.ROWS,
         processing_class=tiny.student_tokenizer(),
         teacher_processing_class=tiny.teacher_tokenizer(),

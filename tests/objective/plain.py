@@ -184,10 +184,12 @@ def divergence(
 def spellings(student_tokenizer: Any, teacher_tokenizer: Any, rows: int) -> list[list[int]]:
     """The student's tokens for each of `rows` ids of the teacher; [] for control tokens and none.
 
-    For byte-level BPE alone. A shared string is itself; a text is what the tokenizer makes of it;
-    a part of a character is cut into the longest strings of the student's, from the left.
+    For byte-level BPE alone. A shared string is itself, and the end of a text the other's end; a
+    text is what the tokenizer makes of it; a part of a character is cut into the longest strings of
+    the student's, from the left.
     """
     ours = student_tokenizer.get_vocab()
+    end = ours.pop(student_tokenizer.eos_token)
     found: list[list[int]] = [[] for _ in range(rows)]
     controls = {i for i, t in teacher_tokenizer.added_tokens_decoder.items() if t.special}
     for token, i in teacher_tokenizer.get_vocab().items():
@@ -200,6 +202,7 @@ def spellings(student_tokenizer: Any, teacher_tokenizer: Any, rows: int) -> list
         if "".join(pieces) != token:  # some tokenizers lack some bytes
             pieces = longest(token, ours)
         found[i] = [ours[piece] for piece in pieces]
+    found[teacher_tokenizer.eos_token_id] = [end]
     return found
 
 
