@@ -91,11 +91,11 @@ def salience(mass: Tensor, power: float) -> Tensor:
 
 
 def geometry(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """Batch mean, from centres `[B, N, D]` and saliences `[B, N]`."""
+    """Batch mean, from centres `[B, N, D]` and saliences `[B, N]`; 0 of a single span."""
     alike = [F.normalize(c, dim=-1) @ F.normalize(c, dim=-1).mT for c in (student, teacher)]
     pairs = weights.unsqueeze(2) * weights.unsqueeze(1)
     pairs = pairs * (1 - torch.eye(pairs.shape[-1], dtype=pairs.dtype))
-    pairs = pairs / pairs.sum((1, 2), keepdim=True)
+    pairs = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1e-5)
     return (pairs * (alike[0] - alike[1]) ** 2).sum((1, 2)).mean()
 
 

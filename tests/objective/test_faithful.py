@@ -193,6 +193,16 @@ def test_split_characters_change_the_loss():
     assert excess([FROG, FROG])["geometry"] == pytest.approx(0.06, abs=0.02)
 
 
+def test_a_single_span_has_no_geometry():
+    """Theirs divides the weights of pairs by their sum, guarded: 0, as ours is, so that of two
+    samples the longer one's alone is left."""
+    word = {"prompt": NILE["prompt"], "completion": "a"}
+    assert len(collator()([word])["teachers"][0]["student_spans"]) == 1
+    right = ours([NILE, word])["geometry"]
+    assert right == pytest.approx(ours([NILE, NILE])["geometry"] / 2, rel=1e-12)
+    assert theirs([NILE, word])["geometry"] == pytest.approx(right, rel=1e-12)
+
+
 def test_a_sample_without_spans_gives_nan():
     """Theirs divides saliences by their sum, unguarded: one sample that truncation leaves without
     spans makes the batch's loss NaN, and with it the student. Ours: that sample's terms are 0."""
