@@ -97,7 +97,7 @@ def tokenizer(name: str) -> Any:
     return made
 
 
-def diagnosis(student: str, teacher: str) -> Diagnosis:
+def diagnosis(student: str, teacher: str, **options: Any) -> Diagnosis:
     return diagnose(
         tokenizer(student),
         tokenizer(teacher),
@@ -107,6 +107,7 @@ def diagnosis(student: str, teacher: str) -> Diagnosis:
         student_name=student,
         teacher_name=teacher,
         resources=False,
+        **options,
     )
 
 

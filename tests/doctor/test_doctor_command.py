@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+import sra.doctor
 from sra import objective
 from sra.commands import doctor
 from tests import tiny
@@ -61,6 +62,22 @@ def test_the_recipes_are_those_of_the_objective():
     args = parser.parse_args(["doctor", "a", "b", "--data", "c"])
     assert args.recipe == objective.DEFAULT
     assert {*doctor.RECIPES} == {*objective.RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ([], "normalised"),
+        (["--recipe", "paper"], "raw"),
+        (["--recipe", "paper", "--vocabulary-match", "normalised"], "normalised"),
+    ],
+)
+def test_vocabularies_are_paired_as_the_recipe_does(pair, data, monkeypatch, options, match):
+    asked = []
+    look = sra.doctor.diagnose
+    monkeypatch.setattr(sra.doctor, "diagnose", lambda *a, **k: asked.append(k) or look(*a, **k))
+    assert run(*pair, "--data", data, *options) in (0, 2)
+    assert [k["vocabulary_match"] for k in asked] == [match]
 
 
 def test_a_count_that_is_none(pair, data):
