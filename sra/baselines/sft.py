@@ -33,11 +33,13 @@ class Completions(NamedTuple):
 
     empty: rows left out because the teacher said nothing.
     long: rows left out because of their prompt.
+    cut: answers that did not end: kept, or left out too.
     """
 
     rows: list[dict[str, Any]]
     empty: int
     long: int
+    cut: int
 
 
 def teacher_completions(
@@ -49,6 +51,7 @@ def teacher_completions(
     batch_size: int = 8,
     seed: int | None = None,
     max_prompt_length: int | None = None,
+    keep_cut: bool = True,
     chat_template: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Completions:
@@ -59,8 +62,8 @@ def teacher_completions(
     ``train_turns="last"``. The paper takes what beam search finds for the likeliest answer; here it
     is the greedy one, or a sample.
 
-    An answer ends at an end token. One that `max_new_tokens` cuts off is kept, and the student will
-    learn that it ends there: give the teacher room.
+    An answer ends at an end token. If one that `max_new_tokens` cuts off is kept, the student will
+    learn that it ends there. A teacher that repeats itself fills every room that it is given.
 
     Args:
         teacher: a ``*ForCausalLM`` of transformers; its training mode is left as it was.
@@ -70,6 +73,7 @@ def teacher_completions(
         seed: sample from the teacher's own distribution (temperature 1, no top-k, no top-p); the
             same seed, batch size and machine give the same answers. None: greedy.
         max_prompt_length: leave out rows whose prompt has more tokens.
+        keep_cut: False leaves out rows whose answer did not end.
         progress: called with the number of rows done after each batch.
 
     Raises:
@@ -86,7 +90,7 @@ def teacher_completions(
         for i, prompt in enumerate(prompts)
         if max_prompt_length is None or len(prompt) <= max_prompt_length
     ]
-    texts = generate(
+    written = generate(
         teacher,
         tokenizer,
         [prompts[i] for i in short],
@@ -95,11 +99,12 @@ def teacher_completions(
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
+    said = [(given[i], answer) for i, answer in zip(short, written, strict=True) if answer.text]
     answered = [
-        _answered(given[i], text) for i, text in zip(short, map(clean_text, texts), strict=True)
-        if text
-    ]  # fmt: skip
-    return Completions(answered, len(short) - len(answered), len(given) - len(short))
+        _answered(row, clean_text(text)) for row, (text, ended) in said if ended or keep_cut
+    ]
+    cut = sum(not answer.ended for _, answer in said)
+    return Completions(answered, len(short) - len(said), len(given) - len(short), cut)
 
 
 def _prompt(tokenizer: Any, row: Mapping[str, Any], where: str, chat_template: bool) -> str:

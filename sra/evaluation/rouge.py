@@ -92,7 +92,7 @@ def answer(
             f"max_length = {max_length} leaves no room for an answer after max_prompt_length = "
             f"{max_prompt_length} tokens. Raise the one or lower the other."
         )
-    texts = generate(
+    written = generate(
         model,
         tokenizer,
         [
@@ -106,7 +106,7 @@ def answer(
     )
     return [
         Answer(row, seed, question.prompt, text, rouge_l(question.references, text))
-        for row, (question, text) in enumerate(zip(questions, texts, strict=True))
+        for row, (question, (text, _)) in enumerate(zip(questions, written, strict=True))
     ]
 
 
@@ -156,6 +156,16 @@ def _prompt_ids(tokenizer: Any, prompt: str, limit: int, chat_template: bool) ->
     return (body[: max(0, len(body) - over)] + ids[len(body) :])[-limit:]
 
 
+class Written(NamedTuple):
+    """What a model wrote behind a prompt, without special tokens, stripped.
+
+    ended: by an end token, not by the limit.
+    """
+
+    text: str
+    ended: bool
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -165,8 +175,8 @@ def generate(
     batch_size: int,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """What the model writes behind each prompt of token ids, without special tokens, stripped.
+) -> list[Written]:
+    """What the model writes behind each prompt of token ids.
 
     Args:
         seed: sample from the model's own distribution (see `answer`), from a random state of its
@@ -176,19 +186,19 @@ def generate(
     device = causal_lm(model).get_output_embeddings().weight.device
     training = model.training
     model.eval()
-    texts: list[str] = []
+    written: list[Written] = []
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if seed is not None:
                 torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
                 part = prompts[start : start + batch_size]
-                texts += _generate(model, tokenizer, part, device, seed is None, max_new_tokens)
+                written += _generate(model, tokenizer, part, device, seed is None, max_new_tokens)
                 if progress:
-                    progress(len(texts))
+                    progress(len(written))
     finally:
         model.train(training)
-    return texts
+    return written
 
 
 @torch.no_grad()
@@ -199,7 +209,7 @@ def _generate(
     device: torch.device,
     greedy: bool,
     max_new_tokens: int,
-) -> list[str]:
+) -> list[Written]:
     from transformers import GenerationConfig
 
     inner = causal_lm(model)
@@ -230,8 +240,12 @@ def _generate(
         )
     finally:
         inner.generation_config = known
-    texts = tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    rows = out[:, width:].tolist()
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [
+        Written(text.strip(), not {*ends}.isdisjoint(row))
+        for text, row in zip(texts, rows, strict=True)
+    ]
 
 
 def _end_ids(tokenizer: Any, config: Any) -> list[int]:

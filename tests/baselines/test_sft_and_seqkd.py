@@ -84,7 +84,7 @@ def test_greedy_equals_a_plain_loop_for_every_batch_size(teacher):
             teacher.train(), tokenizer, iter(rows), max_new_tokens=12, batch_size=batch_size,
             progress=done.append,
         )  # fmt: skip
-        assert got == (want, 0, 0)
+        assert got[:3] == (want, 0, 0)
         assert done == [*range(batch_size, 8, batch_size), 8]
         assert teacher.training
     assert rows[0]["completion"] == tiny.ROWS[0]["completion"]
@@ -144,14 +144,37 @@ def test_what_is_left_out(teacher):
     limit = len(tokenizer(TEMPLATED).input_ids)
     got = teacher_completions(teacher, tokenizer, rows, max_new_tokens=4, max_prompt_length=limit)
     assert (len(got.rows), got.empty, got.long) == (3, 0, 1)
+    assert got.cut == 3
     limited = teacher_completions(
         teacher, tokenizer, rows, max_new_tokens=4, max_prompt_length=limit - 1
     )
-    assert limited == (got.rows[:2], 0, 2)
+    assert limited == (got.rows[:2], 0, 2, 2)
     silent = teacher_completions(
         ending_first(teacher), tokenizer, rows, max_new_tokens=4, max_prompt_length=limit
     )
-    assert silent == ([], 3, 1)
+    assert silent == ([], 3, 1, 0)
+
+
+def test_answers_that_do_not_end(teacher):
+    """Ends are told from the limit by the end token, also where another row of the batch ends."""
+    tokenizer = tiny.teacher_tokenizer()
+    end = tokenizer.eos_token_id
+    known = teacher.generate
+
+    def ended(**options):
+        out = known(**options)
+        width = options["input_ids"].shape[1]
+        out[:, width:].masked_fill_(out[:, width:] == end, 5)
+        out[::2, width + 3] = end
+        out[::2, width + 4 :] = tokenizer.pad_token_id
+        return out
+
+    whole = teacher_completions(teacher, tokenizer, tiny.ROWS, max_new_tokens=3).rows
+    teacher.generate = ended
+    kept = teacher_completions(teacher, tokenizer, tiny.ROWS, max_new_tokens=6)
+    assert (len(kept.rows), kept.cut) == (8, 4)
+    got = teacher_completions(teacher, tokenizer, tiny.ROWS, max_new_tokens=6, keep_cut=False)
+    assert got == (whole[::2], 0, 0, 4)
 
 
 @pytest.mark.parametrize(
