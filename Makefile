@@ -42,7 +42,7 @@ check: $(VENV)/ready ## lint and types
 bench: $(VENV)/ready ## every op beside its rivals, into benchmarks/results/ and README.md (about 10 min)
 	$(BIN)/sra bench
 
-evidence: $(VENV)/ready ## every method on every pair, into docs/evidence.md (about half a day; `MINUTES=110` for a part)
+evidence: $(VENV)/ready ## every method on every pair, into docs/evidence.md (about a day; `MINUTES=110` for a part)
 	$(BIN)/python -m benchmarks.quality --ablations --minutes $(or $(MINUTES),inf)
 
 evidence-small: $(VENV)/ready ## one pair, the main methods, one seed (under 20 min)

@@ -1,12 +1,14 @@
 """Every method on every setting, each at the options that suit it, into one CSV.
 
-    python -m benchmarks.quality                      everything, and again to go on (half a day)
+    python -m benchmarks.quality                      every method, and again to go on
+    python -m benchmarks.quality --ablations          the ablations too (about a day)
     python -m benchmarks.quality --minutes 110        starts no run after that
     python -m benchmarks.quality --speed              seconds and memory, alone on the machine
     python -m benchmarks.quality --small              one seed of some methods, at the rates and
                                                       shares that the CSV chose; under 20 minutes
+    python -m benchmarks.quality --csv mine.csv       into another file: all runs anew
     python -m benchmarks.quality --page               docs/evidence.md and the README's sentence
-                                                      from the CSV, no runs
+                                                      from the CSV (or --csv), no runs
 
 For each method the learning rate and the share of cross-entropy are chosen on the dev split, with
 as many tries for each; then three seeds are measured on the test split. The control with one
@@ -14,7 +16,8 @@ tokenizer takes what was chosen on the first pair, which has the same student; a
 chosen for the recipe that it changes.
 The students as they start and the teachers are measured too.
 
-Two commands with different --settings may run side by side into one CSV.
+Two commands with different --settings may run side by side into one CSV (prune-qwen and same belong
+together), but for --speed.
 """
 
 from __future__ import annotations
@@ -25,42 +28,31 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from transformers.utils import logging
+from typing import Any
 
 from benchmarks.quality import gradients, page
-from benchmarks.quality.run import Bench
+from benchmarks.quality.grid import chosen, tries
+from benchmarks.quality.run import Bench, settle, timed
 from benchmarks.quality.settings import (
     ABLATED,
     ABLATIONS,
     BOUNDS,
     DEV_SEED,
-    FINER,
     MAIN,
     PARENTS,
-    RATES,
     REGIMES,
     SEEDS,
     SETTINGS,
-    SHARES,
     SPEED,
-    TRIES,
     UNTRAINED,
     Regime,
-    has_share,
 )
 from benchmarks.quality.table import Run, append, of, read
-from sra.allocator import keep_freed_memory
 
 HERE = Path(__file__).parents[1] / "results"
 CSV, SMALL_CSV = HERE / "quality.csv", HERE / "quality-small.csv"
 SMALL = ("cross-entropy", "alm", "paper", "boundary", "respell")
 Case = tuple[str, Regime, str, str, float, float, int]
-
-
-def best(runs: Sequence[Run]) -> Run:
-    """The lowest bits per byte; runs that diverged last."""
-    return min(runs, key=lambda run: (math.isnan(run.bits_per_byte), run.bits_per_byte))
 
 
 def cases(
@@ -83,10 +75,11 @@ def cases(
             done if tuned is None else tuned, setting=tuned_on, regime=regime.name,
             steps=regime.steps, variant=parent, split="dev",
         )  # fmt: skip
-        for rate, alpha in tries(parent, tried) if tuned is None else ():
+        rates = SETTINGS[tuned_on].rates
+        for rate, alpha in tries(parent, rates, tried) if tuned is None else ():
             if not of(tried, learning_rate=rate, alpha=alpha):
                 yield tuned_on, regime, parent, "dev", rate, alpha, DEV_SEED
-        if choice := chosen(tried):
+        if choice := chosen(parent, rates, tried):
             seen = of(mine, variant=variant, split="test", learning_rate=choice[0], alpha=choice[1])
             for seed in seeds:
                 if not of(seen, seed=seed):
@@ -107,30 +100,7 @@ def timings(
     timed = [name for name in variants if name in MAIN and name != "seqkd"]
     for setting, variant in itertools.product(settings, timed):
         if not of(done, setting=setting, variant=variant, split="speed"):
-            yield setting, SPEED, variant, "speed", RATES[0], 0.5, DEV_SEED
-
-
-def tries(variant: str, tried: Sequence[Run]) -> list[tuple[float, float]]:
-    """Pairs of learning rate and share to try on the dev split, as far as they are known."""
-    rates = [*RATES[1:3]]
-    known = {run.learning_rate: run for run in tried if run.alpha == 0.5}
-    if all(rate in known for rate in rates):
-        lower = best([known[rate] for rate in rates]).learning_rate == rates[0]
-        rates.append(RATES[0] if lower else RATES[3])
-    first = [(rate, 0.5) for rate in rates]
-    if len(first) < 3 or rates[2] not in known:
-        return first
-    top = best([known[rate] for rate in rates]).learning_rate
-    if has_share(variant):
-        return first + [(top, share) for share in SHARES]
-    return first + [(float(f"{top * factor:g}"), 0.5) for factor in FINER]
-
-
-def chosen(tried: Sequence[Run]) -> tuple[float, float] | None:
-    """The best of all tries; None while some are missing."""
-    if len(tried) < TRIES:
-        return None
-    return best(tried).learning_rate, best(tried).alpha
+            yield setting, SPEED, variant, "speed", SETTINGS[setting].rates[0], 0.5, DEV_SEED
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.page:
         page.write(read(csv), read(gradients.CSV, gradients.Pull))
         return
-    logging.disable_progress_bar()
-    keep_freed_memory()
+    settle()
     settings, regimes = args.settings, [REGIMES[name] for name in args.regimes]
     variants = [*args.variants, *(ABLATIONS if args.ablations else ())]
     if args.small:
@@ -176,9 +145,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{args.minutes:g} minutes are over. The same command goes on.")
             break
         setting, regime, variant, split, rate, alpha, seed = case
-        if bench is None or bench.setting.name != setting or split == "speed":
-            bench = Bench(SETTINGS[setting], args.folder)
-        run = bench.run(variant, regime, split, rate=rate, alpha=alpha, seed=seed)
+        options: dict[str, Any] = {"rate": rate, "alpha": alpha, "seed": seed}
+        if split == "speed":
+            bench = None  # its memory is the other process's
+            run = timed(SETTINGS[setting], args.folder, variant, regime, **options)
+        else:
+            if bench is None or bench.setting.name != setting:
+                bench = Bench(SETTINGS[setting], args.folder)
+            run = bench.run(variant, regime, split, **options)
         append(csv, run)
         print(
             f"{(time.perf_counter() - began) / 60:5.1f} min  {setting}, {regime.name}, {variant}, "
@@ -191,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             page.tables(runs, [*settings], [x.name for x in regimes]), page.costs(runs), sep="\n\n"
         )
-    else:
+    elif csv == CSV:
         page.write(read(csv), read(gradients.CSV, gradients.Pull))
 
 

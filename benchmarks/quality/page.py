@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.gradients import TERMS, Pull
+from benchmarks.quality.grid import at_chosen
 from benchmarks.quality.means import by_mean, changed, difference, mean_and_error, written
 from benchmarks.quality.pictures import draw, draw_ablations, draw_shares
 from benchmarks.quality.settings import (
@@ -20,7 +21,6 @@ from benchmarks.quality.settings import (
     FINER,
     MAIN,
     MAX_TOKENS,
-    RATES,
     REGIMES,
     SEEDS,
     SETTINGS,
@@ -29,6 +29,7 @@ from benchmarks.quality.settings import (
     TRIES,
     UNTRAINED,
     WARMUP,
+    has_share,
 )
 from benchmarks.quality.table import Run, of
 from benchmarks.quality.verdicts import claim, verdicts
@@ -77,7 +78,7 @@ def _table(runs: Sequence[Run], variants: Sequence[str]) -> str:
             continue
         less = "" if name == "cross-entropy" else written(difference(group, reference), 4)
         chosen = group[0]
-        alpha = f"{chosen.alpha:g}" if MAIN.get(name, {}).get("recipe") != "cross-entropy" else ""
+        alpha = f"{chosen.alpha:g}" if has_share(name) else ""
         lines.append(
             f"| {name} | {cells} | {less} | {chosen.learning_rate:g} | {alpha} | {len(group)} |"
         )
@@ -142,7 +143,7 @@ def overview(runs: Sequence[Run]) -> str:
         cells = []
         for _, _, groups in columns:
             means = [mean_and_error(values)[0] for values in groups.values()]
-            least = min(mean for mean in means if not math.isnan(mean))
+            least = min((mean for mean in means if not math.isnan(mean)), default=math.nan)
             cell = written(mean_and_error(groups[name]), 3)
             if mean_and_error(groups[name])[0] == least:
                 mean, *error = cell.split(" ", 1)
@@ -181,9 +182,15 @@ def pulls_table(pulls: Sequence[Pull]) -> str:
     return "\n".join(lines)
 
 
+def _listed(values: Sequence[float]) -> str:
+    *most, last = (f"{value:g}" for value in values)
+    return f"{', '.join(most)} and {last}"
+
+
 def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
     """docs/evidence.md: the text of benchmarks/quality/evidence.md with the tables in it; and the
     README's sentence."""
+    count, runs = len(runs), at_chosen(runs)
     pictures = []
     for setting in SETTINGS:
         found = of(runs, setting=setting, split="test")
@@ -197,12 +204,12 @@ def write(runs: Sequence[Run], pulls: Sequence[Pull] = ()) -> None:
         pictures.append("![The share of cross-entropy](evidence-shares.svg)")
     facts = {
         "rows": f"{TEST}", "batch": f"{BATCH}", "max_tokens": f"{MAX_TOKENS}",
-        "middle": f"{RATES[1]:g} and {RATES[2]:g}", "ends": f"{RATES[0]:g} and {RATES[3]:g}",
+        "rates": _listed(SETTINGS["prune-qwen"].rates),
+        "chinese_rates": _listed(SETTINGS["chinese"].rates),
         "tries": f"{TRIES}", "answer": f"{ANSWER}", "answered": f"{ANSWERED}",
         "beta2": f"{BETA2:g}", "warmup": f"1/{WARMUP}",
-        "shares": ", ".join(f"{share:g}" for share in SHARES),
-        "finer": " and ".join(f"{factor:g}" for factor in FINER),
-        "seeds": f"{len(SEEDS)}", "runs": f"{len(runs):,}",
+        "shares": _listed(SHARES), "finer": _listed(FINER),
+        "seeds": f"{len(SEEDS)}", "runs": f"{count:,}",
         "regimes": "; ".join(f"{r.title}: {r.rows} rows, {r.steps} steps"
                              for r in REGIMES.values()),
         "verdicts": verdicts(runs), "overview": overview(runs),

@@ -34,7 +34,7 @@ def _point(panel: Any, mean: float, error: float, row: int, color: str) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     _pyplot().close(figure)
 
 
@@ -99,21 +99,31 @@ def draw_shares(runs: Sequence[Run], path: Path) -> bool:
     if not cells:
         return False
     pyplot = _pyplot()
+    columns = min(len(cells), 2)
+    rows = math.ceil(len(cells) / columns)
     figure, panels = pyplot.subplots(
-        1, len(cells), figsize=(4 * len(cells), 3.5), squeeze=False
-    )  # fmt: skip
-    for panel, (setting, regime, found) in zip(panels[0], cells, strict=True):
+        rows, columns, figsize=(4 * columns + 2, 3.2 * rows), squeeze=False
+    )
+    colors = dict(zip(MAIN, pyplot.get_cmap("tab20").colors, strict=False))
+    curves = {}
+    for panel in panels.flat[len(cells) :]:
+        panel.set_visible(False)
+    for panel, (setting, regime, found) in zip(panels.flat, cells, strict=False):
         for name in MAIN:
             if curve := by_share(found, name):
                 own = name in OURS
-                panel.plot(
-                    [*curve], [*curve.values()], marker="o", markersize=3, label=name,
-                    linewidth=2 if own else 1, alpha=1 if own else 0.6,
+                curves[name], = panel.plot(
+                    [*curve], [*curve.values()], marker="o", markersize=3, color=colors[name],
+                    linewidth=2.5 if own else 1,
                 )  # fmt: skip
         panel.set_title(f"{SETTINGS[setting].title}: {regime}", fontsize=10)
         panel.set_xlabel("share of cross-entropy, alpha")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("dev bits per byte, at the best rate")
-    panels[0][-1].legend(fontsize=7)
+        panel.set_ylabel("dev bits per byte, at the best rate", fontsize=8)
+    names = [name for name in MAIN if name in curves]
+    figure.legend(
+        [curves[name] for name in names], names, fontsize=8, loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )  # fmt: skip
     _save(figure, path)
     return True

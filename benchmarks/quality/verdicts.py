@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.quality.means import by_mean, difference, written
-from benchmarks.quality.settings import MAIN, REGIMES, SETTINGS
+from benchmarks.quality.settings import MAIN, REGIMES, SEEDS, SETTINGS
 from benchmarks.quality.table import Run, of
 from sra.objective import DEFAULT
 
@@ -42,12 +42,12 @@ class Standing(NamedTuple):
 
 
 def standings(runs: Sequence[Run]) -> list[Standing]:
-    """Where the default recipe and others were measured by more than one seed."""
+    """Where the default recipe and others were measured by all seeds."""
     found = []
     for setting, regime in itertools.product(SETTINGS, REGIMES):
         here = of(runs, setting=setting, regime=regime, split="test")
         groups = {name: of(here, variant=name) for name in MAIN}
-        groups = {name: group for name, group in groups.items() if len(group) > 1}
+        groups = {name: group for name, group in groups.items() if len(group) >= len(SEEDS)}
         mine = groups.pop(DEFAULT, [])
         if mine and groups:
             best = min(groups, key=lambda name: by_mean(groups[name]))
@@ -105,8 +105,9 @@ def claim(runs: Sequence[Run]) -> str:
     if behind:
         names = sorted({name for x in behind for name in x.ahead_of_it})
         parts.append(f"behind {', '.join(names)} in {len(behind)}")
+    pairs = len({x.setting for x in found})
     return (
-        f"Measured beside {others} other methods on {len(found)} pairs and amounts of data, "
-        f"`{DEFAULT}` ends {min(beside):.2f} to {max(beside):.2f} bits per byte below "
-        f"cross-entropy alone; it is {', '.join(parts)}"
+        f"In {len(found)} comparisons on {pairs} pairs of models, each beside {others} other "
+        f"methods and recipes, `{DEFAULT}` ends {min(beside):.2f} to {max(beside):.2f} bits per "
+        f"byte below cross-entropy alone; it is {', '.join(parts)}"
     )

@@ -8,8 +8,9 @@ import math
 import pytest
 
 from benchmarks.quality import page
-from benchmarks.quality.__main__ import best, bounds, cases, timings
+from benchmarks.quality.__main__ import bounds, cases, timings
 from benchmarks.quality.gradients import Pull
+from benchmarks.quality.grid import at_chosen, best, chosen
 from benchmarks.quality.means import by_share
 from benchmarks.quality.pictures import draw_shares
 from benchmarks.quality.settings import (
@@ -19,7 +20,6 @@ from benchmarks.quality.settings import (
     FINER,
     MAIN,
     PARENTS,
-    RATES,
     REGIMES,
     SEEDS,
     SETTINGS,
@@ -59,7 +59,7 @@ def test_rates_then_shares_then_seeds():
 
     done = sweep(score, ["paper"])
     dev = [(run.learning_rate, run.alpha) for run in done if run.split == "dev"]
-    rates = RATES[1], RATES[2], RATES[3]
+    rates = SETTINGS["prune-qwen"].rates[1:]
     assert dev == [*((rate, 0.5) for rate in rates), *((1e-3, share) for share in SHARES)]
     test = [(run.learning_rate, run.alpha, run.seed) for run in done if run.split == "test"]
     assert test == [(1e-3, 0.8, seed) for seed in SEEDS]
@@ -91,7 +91,8 @@ def test_an_ablation_takes_what_was_chosen_for_its_recipe():
     assert [*cases([], ["prune-gemma"], [REGIMES["fresh"]], ["paper: logit"])] == []
     assert set(PARENTS) == set(ABLATIONS)
     assert set(PARENTS.values()) <= set(MAIN)
-    assert set(ABLATED) == {*PARENTS.values(), "paper: normalised vocabulary"}
+    own = {"paper: normalised vocabulary", *(x for x in ABLATED if x.startswith("respell"))}
+    assert set(ABLATED) == {*PARENTS.values(), *own} <= {*MAIN, *ABLATIONS}
     elsewhere = [*cases(done, ["prune-qwen"], [REGIMES["fresh"]], ["paper: normalised vocabulary"])]
     assert elsewhere == []
 
@@ -106,6 +107,20 @@ def test_the_control_takes_what_was_chosen_on_the_first_pair():
         assert (other.student, other.layers, other.language) == (
             setting.student, setting.layers, setting.language,
         )  # fmt: skip
+
+
+def test_tests_at_other_options_than_dev_chose_are_left_out():
+    done = sweep(lambda case: abs(case[4] - 1e-3) + abs(case[5] - 0.8), ["paper", "paper: bucket"])
+    assert at_chosen(done) == done
+    other = [dataclasses.replace(run, alpha=0.5) for run in done if run.split == "test"]
+    between = [made(case) for case in bounds([], ["prune-qwen"])]
+    assert at_chosen([*other, *done, *between]) == [*done, *between]
+    assert at_chosen(done[1:]) == done[1:TRIES]  # a try is missing: nothing is chosen yet
+    stray = dataclasses.replace(done[0], learning_rate=5e-3, bits_per_byte=0.0)  # of another grid
+    assert at_chosen([stray, *done]) == [stray, *done]
+    tried = [run for run in done if run.split == "dev"]
+    assert chosen("paper", SETTINGS["prune-qwen"].rates, [stray, *tried]) == (1e-3, 0.8)
+    assert chosen("paper", SETTINGS["prune-qwen"].rates, [stray, *tried[1:]]) is None
 
 
 def test_small_runs_one_seed_of_each_method_at_what_was_chosen():
@@ -166,13 +181,13 @@ def test_the_claim_is_what_the_runs_say():
     assert claim([]) == "`respell` has not been measured beside cross-entropy yet"
     runs = runs_of({"respell": [1.4, 1.42, 1.41], "cross-entropy": [1.5, 1.52, 1.51]})
     assert claim(runs) == (
-        "Measured beside 1 other methods on 1 pairs and amounts of data, `respell` ends 0.10 to "
-        "0.10 bits per byte below cross-entropy alone; it is ahead of all that were measured "
-        "there in 1 (by more than two standard errors)"
+        "In 1 comparisons on 1 pairs of models, each beside 1 other methods and recipes, `respell` "
+        "ends 0.10 to 0.10 bits per byte below cross-entropy alone; it is ahead of all that were "
+        "measured there in 1 (by more than two standard errors)"
     )
     chinese = [dataclasses.replace(run, setting="chinese") for run in runs]
     more = chinese + runs + runs_of({"uld": [1.41, 1.40, 1.42]})
-    assert "beside 1 to 2 other methods on 2 pairs" in claim(more)
+    assert "In 2 comparisons on 2 pairs of models, each beside 1 to 2 other" in claim(more)
     assert claim(more).endswith("in 1 (by more than two standard errors), level with some in 1")
     worse = [*chinese, *runs, *runs_of({"uld": [1.2] * 3, "mined": [1.0] * 3})]
     assert claim(worse).endswith("standard errors), behind mined, uld in 1")
@@ -208,6 +223,8 @@ def test_the_overview_has_a_column_for_each_setting_and_marks_its_best():
         "| cross-entropy | 1.550 ± 0.029 |",
         "| uld | **1.410** ± 0.006 |",
     ]
+    lost = page.overview(runs_of({"uld": [math.nan] * 3}))
+    assert lost.splitlines()[2:] == []
     assert page.overview([]) == "*Nothing has been measured yet.*"
 
 
@@ -278,13 +295,14 @@ def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(page, "README", tmp_path / "README.md")
     page.README.write_text("before\n<!-- evidence -->\nold\n<!-- /evidence -->\nafter\n")
-    runs = runs_of(
-        {"cross-entropy": [1.5, 1.52, 1.51], "paper: bucket": [1.4] * 3, "paper": [2] * 3}
-    )
-    page.write(runs)
+    scores = {"cross-entropy": 1.5, "paper: bucket": 1.4, "paper": 2.0}
+    runs = sweep(lambda case: scores[case[2]] + case[4] + case[6] / 100, [*scores])
+    stray = dataclasses.replace(runs[-1], alpha=0.3, seed=9)
+    page.write([*runs, stray])
     text = (tmp_path / "evidence.md").read_text()
     assert "{" not in text
-    assert "holds 9 runs so far" in text
+    assert f"holds {len(runs) + 1} runs so far" in text
+    assert page.overview(runs) in text
     assert "#### Ablations" in text
     assert page.README.read_text() == (
         f"before\n<!-- evidence -->\n{claim(runs)} ([docs/evidence.md](docs/evidence.md)).\n"
@@ -293,7 +311,7 @@ def test_the_page(tmp_path, monkeypatch):
     for picture in ("prune-qwen", "ablations"):
         assert (tmp_path / f"evidence-{picture}.svg").stat().st_size > 1000
     before = text, (tmp_path / "evidence-prune-qwen.svg").read_bytes()
-    page.write(runs)
+    page.write([*runs, stray])
     assert before == (
         (tmp_path / "evidence.md").read_text(), (tmp_path / "evidence-prune-qwen.svg").read_bytes(),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from benchmarks.quality import __main__ as sweep
 from benchmarks.quality import accidents, gradients, run
@@ -20,6 +21,7 @@ from benchmarks.quality.settings import (
     Setting,
 )
 from benchmarks.quality.table import read
+from sra.progress import peak_gib
 from tests import tiny
 
 REGIME = Regime("fresh", "one pass", rows=8, steps=5)
@@ -56,7 +58,7 @@ def test_a_run_is_measured(setting, tmp_path, variant):
     again = bench.run(variant, REGIME, "dev", rate=1e-3, alpha=0.5, seed=1)
     assert math.isnan(again.agreement)
     if variant == "seqkd":
-        file = tmp_path / "runs" / "tiny" / "answered.jsonl"
+        file = tmp_path / "runs" / "tiny" / "answers.jsonl"
         answered = [json.loads(line) for line in file.read_text().splitlines()]
         asked = {row["prompt"]: row["completion"] for row in bench.rows}
         assert answered
@@ -85,6 +87,19 @@ def test_a_run_that_is_timed_is_not_measured(setting, tmp_path):
     assert made.seconds_a_step > 0
     assert math.isnan(made.bits_per_byte)
     assert math.isnan(made.rouge_l)
+
+
+@pytest.mark.models
+def test_timed_alone(tmp_path):
+    """In a process of its own, whose peak of memory is not this one's."""
+    student, teacher = tiny.write_checkpoints(tmp_path)
+    setting = Setting("tiny", "A tiny pair", str(student), str(teacher), 2, "en", "zh", "tiny")
+    mine = torch.zeros(1 << 28)  # 1 GiB
+    made = run.timed(setting, tmp_path, "uld", REGIME, rate=1e-4, alpha=0.5, seed=0)
+    assert mine.sum() == 0
+    assert (made.variant, made.split) == ("uld", "speed")
+    assert made.seconds_a_step > 0
+    assert made.peak_gib < peak_gib() - 0.5
 
 
 def test_gradients_of_every_term(setting, tmp_path, monkeypatch):
@@ -152,7 +167,14 @@ def test_a_run_that_diverges_is_kept_as_one_that_did(setting, tmp_path):
 def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SETTINGS", {"tiny": setting})
     monkeypatch.setattr(sweep, "REGIMES", {"fresh": REGIME})
-    monkeypatch.setattr(sweep.page, "write", lambda *found: None)
+    monkeypatch.setattr(sweep.page, "write", lambda *found: written.append(found))
+    monkeypatch.setattr(  # in this process, which knows the tiny rows
+        sweep, "timed",
+        lambda setting, folder, variant, regime, **options: run.Bench(setting, folder).run(
+            variant, regime, "speed", **options
+        ),
+    )  # fmt: skip
+    written = []
     file = tmp_path / "quality.csv"
     command = ["--csv", str(file), "--folder", str(tmp_path / "runs"), "--variants", "boundary"]
     sweep.main([*command, "--minutes", "0.001"])
@@ -165,3 +187,7 @@ def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
     before = file.read_bytes()
     sweep.main(command)
     assert file.read_bytes() == before
+    assert not written  # docs/evidence.md is of the committed CSV
+    monkeypatch.setattr(sweep, "CSV", file)
+    sweep.main(command)
+    assert len(written) == 1
