@@ -76,6 +76,7 @@ class DistillArguments:
         default=None, metadata={"help": "Layers that get one (PEFT's choice if unset)."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint."})
+    default_warmup: bool = field(default=True, init=False)  # none was given
 
 
 # Short names, beside the full ones.
@@ -117,7 +118,7 @@ OWN_WORDS = {
 def parse(argv: Sequence[str]) -> tuple[DistillArguments, SRAConfig]:
     """The arguments of `sra distill [FILE.yaml] [STUDENT [TEACHER ...]] [--name value ...]`.
 
-    What the command line says goes before what a file says, and that before `DEFAULTS`.
+    The command line overrides a file, and that `DEFAULTS`.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), a value of the wrong kind, a file
@@ -125,7 +126,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, SRAConfig]:
         FileNotFoundError: no such file.
     """
     parser = _parser()
-    known = {action.dest for action in parser._actions}
+    known = {action.dest: action.nargs == "?" for action in parser._actions}
     positional, named = _split(argv)
     given: dict[str, list[str]] = {name: [str(value)] for name, value in DEFAULTS.items()}
     while positional and positional[0].endswith((".yaml", ".yml")):
@@ -145,6 +146,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, SRAConfig]:
         arguments, config = parser.parse_args_into_dataclasses(tokens)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error}. See sra distill --help.") from None
+    arguments.default_warmup = "warmup_steps" not in given
     return arguments, config
 
 
@@ -215,7 +217,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     return positional, named
 
 
-def _named(given: dict[str, list[str]], known: set[str]) -> dict[str, list[str]]:
+def _named(given: dict[str, list[str]], known: dict[str, bool]) -> dict[str, list[str]]:
+    """Full names and their words; `known` says of each name whether it may stand alone."""
     out = {}
     for name, values in given.items():
         full = name.replace("-", "_")
@@ -224,6 +227,8 @@ def _named(given: dict[str, list[str]], known: set[str]) -> dict[str, list[str]]
             close = difflib.get_close_matches(full, {*known, *SHORT}, n=1, cutoff=0.6)
             hint = f" Did you mean {close[0]!r}?" if close else " See sra distill --help."
             raise ValueError(f"There is no option {name!r}.{hint}")
+        if not values and not known[full]:
+            raise ValueError(f"--{name} has no value. See sra distill --help.")
         out[full] = values or ["true"]
         if full == "layers":  # -1:-1 looks like an option
             out[full] = [",".join(values)]
@@ -233,7 +238,7 @@ def _named(given: dict[str, list[str]], known: set[str]) -> dict[str, list[str]]
 def help_text(*, every: bool = False) -> str:
     """What `sra distill --help` prints: ours and the common ones, or every one."""
     actions = {action.dest: action for action in _parser()._actions}
-    own = [f.name for f in fields(DistillArguments)]
+    own = [f.name for f in fields(DistillArguments) if f.init]
     inherited = {f.name for f in fields(SRAConfig.__mro__[1])}
     objective = [f.name for f in fields(SRAConfig) if f.name not in inherited]
     groups = [("Models and data", own), ("Distillation", objective), ("Training", [*COMMON])]
@@ -244,7 +249,7 @@ def help_text(*, every: bool = False) -> str:
         "usage: sra distill [CONFIG.yaml] STUDENT [TEACHER ...] --data ROWS.jsonl [--name value]",
         "",
         "Train a student from a teacher, or from several, and write it to OUTPUT_DIR/student.",
-        "A YAML file holds the same names; what the command line says goes before it.",
+        "A YAML file holds the same names; the command line overrides it.",
     ]
     back = {full: short for short, full in SHORT.items()}
     for title, names in groups:
@@ -272,9 +277,7 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def warmup(config: SRAConfig, rows: int) -> None:
-    """A tenth of the steps, where warmup_steps is not set."""
-    if config.warmup_steps:
-        return
+    """A tenth of the steps, the default of `sra distill`."""
     steps = config.max_steps
     if steps < 0:
         batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -24,6 +25,8 @@ OBJECTIVE_FIELDS = (
     "likelihood",
     "likelihood_temperature",
 )
+BITS_PER_BYTE = "bits_per_byte"
+BITS_NAMES = (BITS_PER_BYTE, f"eval_{BITS_PER_BYTE}")
 
 
 @dataclass
@@ -110,7 +113,20 @@ class SRAConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or plateau):
+            self.metric_for_best_model = BITS_PER_BYTE
+        if self.greater_is_better is None and self.metric_for_best_model in BITS_NAMES:
+            self.greater_is_better = False
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would cut batches by rows, and spans belong to whole ones
+            warnings.warn(
+                f"This is one process on a machine with {self.n_gpu} GPUs; it uses one. To use "
+                f"all: torchrun --nproc_per_node {self.n_gpu} (of `sra distill`: -m sra.cli "
+                "distill ...).",
+                stacklevel=2,
+            )
+            self._n_gpu = 1
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove the text. Leave it false.")
         if not 0 <= self.min_coverage <= 1:

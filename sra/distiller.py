@@ -167,6 +167,11 @@ class SpanDistiller(nn.Module):
             or the number of label tokens of the step alone, as `transformers.Trainer` passes it
             (the other two counts are then taken in the proportion of this batch); None: this batch.
         """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel cuts batches by rows, and spans belong to whole ones. Start "
+                "a process for each GPU (torchrun), or set CUDA_VISIBLE_DEVICES=0."
+            )
         inputs = input_ids, attention_mask, position_ids
         if self.teachers:
             self._check_batch(teachers)

@@ -260,11 +260,17 @@ def load_tokenizer(name_or_path: str | Path, **options: Any) -> Any:
 
 
 def load_model(
-    name_or_path: str | Path, *, attn_implementation: str | None = None, **options: Any
+    name_or_path: str | Path,
+    *,
+    dtype: Any | None = None,
+    attn_implementation: str | None = None,
+    **options: Any,
 ) -> Any:
-    """The causal language model of what `resolve_model` takes, in float32, its training dtype.
+    """The causal language model of what `resolve_model` takes.
 
     Args:
+        dtype: of its weights (None: float32, in which a student is trained). One that is smaller
+            needs less memory from the start, which casting afterwards does not.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ... (None: transformers').
         options: of `from_pretrained`: revision, trust_remote_code (off unless it is asked for).
             Weights are read from safetensors files alone.
@@ -274,7 +280,7 @@ def load_model(
 
     return AutoModelForCausalLM.from_pretrained(
         resolve_model(name_or_path, **options),
-        dtype=torch.float32,
+        dtype=dtype or torch.float32,
         attn_implementation=attn_implementation,
         use_safetensors=True,
         **options,

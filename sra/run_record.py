@@ -22,7 +22,7 @@ RECORD_FILE = "run.json"
 PACKAGES = ("sra", "torch", "transformers", "tokenizers", "accelerate", "triton")
 LOGGED = ("loss", "grad_norm", "ce", "cosine", "geometry", "logit", "likelihood")
 MEND_NAN = (
-    "The last checkpoint is untouched. Lower learning_rate, set max_grad_norm, or train in float32 "
+    "The last checkpoint is untouched. Lower learning_rate or max_grad_norm, or train in float32 "
     "or bfloat16 instead of float16, in another output_dir."
 )
 TRAINER_STATE = "trainer_state.json"

@@ -165,7 +165,12 @@ class SRATrainer(Trainer):
         removed, and the run's record is written first."""
         folder = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint(folder) or folder / "checkpoint-0")
+            last = last_checkpoint(folder)
+            if last is None:
+                raise ValueError(
+                    f"{folder} holds no whole checkpoint. Train without resume_from_checkpoint."
+                )
+            resume_from_checkpoint = str(last)
         if resume_from_checkpoint:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             bare = sharded or self.args.save_only_model
@@ -369,6 +374,13 @@ class SRATrainer(Trainer):
             student.load_state_dict(saved.state_dict())
         if len(self.distiller.projectors):
             self.distiller.projectors.load_state_dict(load_file(folder / PROJECTOR_FILE))
+
+    def _load_best_model(self) -> None:
+        """As on resuming: a checkpoint holds the plain student."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def _listed(value: Any) -> list[Any]:

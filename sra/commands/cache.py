@@ -18,14 +18,19 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "int8"), help="of the states (int8 needs half the space)"
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="whose states to keep (-1, the last)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="whose states to keep, beside the last"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="as in training")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--train-turns", choices=("assistant", "last", "all"), default="assistant",
         help="as in training",
     )  # fmt: skip
-    parser.add_argument("--no-chat-template", action="store_true", help="as in training")
+    parser.add_argument(
+        "--no-chat-template", action="store_true",
+        help="for a loop of your own, with SpanCollator(chat_template=False)",
+    )  # fmt: skip
     parser.add_argument(
         "--model-dtype", choices=("float32", "bfloat16"),
         help="in which the teacher computes (the faster one here)",
@@ -66,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
         model_dtype = getattr(torch, held.model_dtype) if held else faster_dtype(device)
     writer = CacheWriter(
         folder,
-        load_model(args.teacher).to(device, model_dtype),
+        load_model(args.teacher, dtype=model_dtype).to(device),
         tokenizer,
         name=args.teacher,
         dtype=args.dtype or (held.dtype if held else "bfloat16"),
-        layers=args.layers or (held.layers if held else (-1,)),
+        layers=(*args.layers, -1) if args.layers else held.layers if held else (-1,),
     )
     began = time.perf_counter()
     with writer:

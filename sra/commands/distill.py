@@ -48,14 +48,16 @@ def run(args: argparse.Namespace) -> int:
         train: Any = stream_rows(given.data)  # accelerate shares it out among ranks
     else:
         train = load_rows(given.data)
-        warmup(config, len(train))
+    if given.default_warmup:
+        warmup(config, 0 if given.dataset_streaming else len(train))
     held_out = load_rows(given.eval_data) if given.eval_data else None
     output = Path(str(config.output_dir))
     checkpoint = last_checkpoint(output)
-    if checkpoint and not given.resume:
+    held = checkpoint or (output / "student" if (output / "student").exists() else None)
+    if held and not given.resume:
         raise ValueError(
-            f"{output} holds a run already ({checkpoint.name}). Go on with --resume, or choose "
-            "another --output."
+            f"{output} holds a run already ({held.name}). Go on with --resume, or choose another "
+            "--output."
         )
     if given.resume and not checkpoint:
         print(f"{output} holds no checkpoint yet: starting from the beginning.")
@@ -185,7 +187,7 @@ def _teachers(given: Any, config: Any, options: dict[str, Any]) -> list[Any]:
         return [DiskCache(folder) for folder in given.teacher_cache]
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
     models = [
-        load_model(name, attn_implementation=given.attn_implementation, **options).to(dtype)
+        load_model(name, dtype=dtype, attn_implementation=given.attn_implementation, **options)
         for name in given.teacher_model_name_or_path
     ]
     return [TeacherCache(model) for model in models] if given.remember_teacher else models

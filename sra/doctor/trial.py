@@ -52,7 +52,7 @@ def trial(
         keep_freed_memory()
     start_memory = resident("VmRSS")
     student = load_model(names[0]).to(device).train()
-    teacher = load_model(names[1]).to(device, dtype) if objective.needs_teacher else None
+    teacher = load_model(names[1], dtype=dtype).to(device) if objective.needs_teacher else None
     if gradient_checkpointing:
         student.gradient_checkpointing_enable()
     vocabulary = None

@@ -93,10 +93,22 @@ def test_files_that_are_not_understood(tmp_path, content, message):
 
 
 def test_a_tenth_of_the_steps_warms_up():
-    for more, steps in ((["--max_steps", "50"], 5), ([], 3), (["--warmup_steps", "7"], 7)):
-        _, config = parse(["a", "--cpu", "--batch_size", "4", *more])
+    for more, steps in ((["--max_steps", "50"], 5), ([], 3)):
+        arguments, config = parse(["a", "--cpu", "--batch_size", "4", *more])
+        assert arguments.default_warmup
         warmup(config, 100)
         assert config.warmup_steps == steps
+    for given in ("7", "0"):
+        arguments, config = parse(["a", "--cpu", "--warmup-steps", given])
+        assert not arguments.default_warmup
+        assert config.warmup_steps == int(given)
+
+
+def test_an_option_without_its_value():
+    with pytest.raises(ValueError, match=r"^--eval-data has no value"):
+        parse(["a", "--cpu", "--eval-data", "--data", "rows.jsonl"])
+    arguments, _ = parse(["a", "--cpu", "--resume"])
+    assert arguments.resume
 
 
 def test_help_names_every_argument():

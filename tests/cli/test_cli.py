@@ -215,6 +215,8 @@ def test_a_folder_with_a_run_is_not_written_over(pair, data, capsys, tmp_path):
     said = refused(capsys, argv)
     assert "holds a run already (checkpoint-1). Go on with --resume" in said
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+    shutil.rmtree(output / "checkpoint-1")
+    assert "holds a run already (student). Go on with --resume" in refused(capsys, argv)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,13 @@ def test_a_bf16_teacher_beside_an_fp32_student(batch):
         assert all(g.isfinite().all() for g in grads.values())
 
 
+def test_torchs_data_parallel_is_refused(batch):
+    """It would cut spans by rows: a forward of one of its copies."""
+    copy = distiller(recipe("paper"))._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"DataParallel cuts batches by rows.*torchrun"):
+        copy(**batch)
+
+
 def test_the_faster_dtype_is_one_that_trains():
     assert faster_dtype() in (torch.float32, torch.bfloat16)
     assert faster_dtype("meta") == torch.bfloat16

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    TrainerCallback,
+)
 
 from sra import TeacherCache, bits_per_byte
 from sra.progress import LiveTerms
@@ -199,6 +204,36 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("metric", [None, "eval_bits_per_byte"])
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, metric):
+    """Best by bits per byte, of which less is better; projectors come back too."""
+    run = trainer(
+        tmp_path, max_steps=12, learning_rate=0.3, warmup_steps=0, load_best_model_at_end=True,
+        metric_for_best_model=metric, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, save_total_limit=None,
+    )  # fmt: skip
+    run.train()
+    bits = logged(run, "eval_bits_per_byte")
+    best = 2 * (bits.index(min(bits)) + 1)
+    assert best < 12
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert run.evaluate()["eval_bits_per_byte"] == pytest.approx(min(bits), rel=1e-6)
+    (projector,) = run.distiller.projectors
+    (saved,) = load_file(tmp_path / f"checkpoint-{best}" / "projector.safetensors").values()
+    assert torch.equal(projector.weight, saved)
+
+
+def test_early_stopping(tmp_path):
+    run = trainer(
+        tmp_path, max_steps=50, learning_rate=0.3, warmup_steps=0, load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    run.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    run.train()
+    bits = logged(run, "eval_bits_per_byte")
+    assert len(bits) == bits.index(min(bits)) + 3 < 25
 
 
 @pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary", "respell"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 from sra import SRAConfig, SRATrainer, stream_rows
 from sra.run_record import read_record
@@ -45,6 +46,20 @@ def test_coverage_that_falls_while_the_data_stream(tmp_path):
     with pytest.raises(RuntimeError, match=r"Spans cover .* of the last 50 batches .*谢谢你"):
         run.train()
     assert 60 < run.state.global_step < 75
+
+
+def test_resuming_where_there_is_nothing(tmp_path):
+    run = trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run holds no whole checkpoint. Train without"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_one_process_with_several_gpus_uses_one(tmp_path, monkeypatch):
+    seen = property(lambda args: args._n_gpu or 4)  # on a CPU it is 0
+    monkeypatch.setattr(TrainingArguments, "n_gpu", seen)
+    with pytest.warns(UserWarning, match="4 GPUs; it uses one. .*torchrun --nproc_per_node 4"):
+        config = SRAConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert config.n_gpu == 1
 
 
 @pytest.mark.parametrize("recipe", ["cross-entropy", "boundary"])
