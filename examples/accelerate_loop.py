@@ -53,5 +53,6 @@ for epoch in range(args.epochs):
         optimizer.zero_grad()
         accelerator.print(f"epoch {epoch} loss {total:.4f}")
 
-accelerator.unwrap_model(distiller).save_pretrained(args.output)  # the plain student
-student_tokenizer.save_pretrained(args.output)
+if accelerator.is_main_process:
+    accelerator.unwrap_model(distiller).save_pretrained(args.output)  # the plain student
+    student_tokenizer.save_pretrained(args.output)

@@ -55,5 +55,6 @@ trainer = lightning.Trainer(
     logger=False, enable_checkpointing=False, enable_progress_bar=False,
 )  # fmt: skip
 trainer.fit(Distil(distiller), loader)
-distiller.save_pretrained(args.output)  # the plain student
-student_tokenizer.save_pretrained(args.output)
+if trainer.is_global_zero:
+    distiller.save_pretrained(args.output)  # the plain student
+    student_tokenizer.save_pretrained(args.output)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from sra.config import SRAConfig
 from sra.precision import faster_dtype
@@ -126,7 +127,10 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, SRAConfig]:
         FileNotFoundError: no such file.
     """
     parser = _parser()
-    known = {action.dest: action.nargs == "?" for action in parser._actions}
+    known = {
+        action.dest: action.nargs == "?" or action.type is string_to_bool
+        for action in parser._actions
+    }
     positional, named = _split(argv)
     given: dict[str, list[str]] = {name: [str(value)] for name, value in DEFAULTS.items()}
     while positional and positional[0].endswith((".yaml", ".yml")):

@@ -102,7 +102,7 @@ def check_heads(vocabulary: SharedVocabulary | None, student_rows: int, teacher_
             raise ValueError(
                 f"The student's head has {student_rows} rows and the teacher's {teacher_rows}, so "
                 "they do not share one vocabulary. Pass vocabulary=SharedVocabulary("
-                "student_tokenizer, teacher_tokenizer)."
+                'student_tokenizer, teacher_tokenizer, match="normalised").'
             )
         return
     for side, ids, rows in (

@@ -3,4 +3,21 @@
 Heavy libraries are imported in `run`, so that `sra --help` is quick.
 """
 
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
 MODEL = "a hub id, a folder, or a name that `sra demo` downloads (SmolLM2-135M-Instruct, ...)"
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run code that comes with a model; only if you trust it",
+    )  # fmt: skip
+
+
+def trust(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load_model` and `load_tokenizer` take of it."""
+    return {"trust_remote_code": True} if args.trust_remote_code else {}

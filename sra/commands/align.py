@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL
+from sra.commands import MODEL, add_trust, trust
 
 
 def add(commands: Any) -> None:
@@ -15,10 +15,14 @@ def add(commands: Any) -> None:
     parser.add_argument("student", help=MODEL)
     parser.add_argument("teacher", help=MODEL)
     parser.add_argument("--text", help="the text (otherwise standard input)")
-    parser.add_argument("--granularity", choices=("token", "word", "sentence"), default="token")
+    parser.add_argument(
+        "--granularity", choices=("token", "word", "sentence"), default="token",
+        help="the shortest spans (token), or spans of whole words or sentences",
+    )  # fmt: skip
     parser.add_argument(
         "--html", metavar="FILE", help="write a page instead of the terminal's view"
     )
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -34,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     text = args.text if args.text is not None else sys.stdin.read()
     aligner = SpanAligner(
-        load_tokenizer(args.student), load_tokenizer(args.teacher), granularity=args.granularity
+        load_tokenizer(args.student, **trust(args)),
+        load_tokenizer(args.teacher, **trust(args)),
+        granularity=args.granularity,
     )
     table = aligner(text)
     if not args.html:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL
+from sra.commands import MODEL, add_trust, trust
 
 
 def add(commands: Any) -> None:
@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--layers", type=int, nargs="+", help="whose states to keep, beside the last"
     )
-    parser.add_argument("--max-length", type=int, default=512, help="as in training")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=512, help="as in training (512)")
+    parser.add_argument("--batch-size", type=int, default=8, help="texts at once (8)")
     parser.add_argument(
         "--train-turns", choices=("assistant", "last", "all"), default="assistant",
         help="as in training",
@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
         help="in which the teacher computes (the faster one here)",
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             )
     folder = Path(args.out)
     held = read_manifest(folder) if is_cache(folder) else None
-    tokenizer = load_tokenizer(args.teacher)
+    tokenizer = load_tokenizer(args.teacher, **trust(args))
     sequences = teacher_sequences(
         load_rows(args.data),
         tokenizer,
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         model_dtype = getattr(torch, held.model_dtype) if held else faster_dtype(device)
     writer = CacheWriter(
         folder,
-        load_model(args.teacher, dtype=model_dtype).to(device),
+        load_model(args.teacher, dtype=model_dtype, **trust(args)).to(device),
         tokenizer,
         name=args.teacher,
         dtype=args.dtype or (held.dtype if held else "bfloat16"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL
+from sra.commands import MODEL, add_trust, trust
 
 RECIPES = ("respell", "boundary", "paper", "cross-entropy")
 
@@ -23,19 +23,30 @@ def add(commands: Any) -> None:
     parser.add_argument("student", help=MODEL)
     parser.add_argument("teacher", help=MODEL)
     parser.add_argument("--data", required=True, help="JSONL of rows, as for `sra distill`")
-    parser.add_argument("--rows", type=int, default=200, help="look at so many, evenly spaced")
+    parser.add_argument(
+        "--rows", type=int, default=200, help="look at so many, evenly spaced (200)"
+    )
     parser.add_argument("--memory", type=float, help="GiB (otherwise what this machine has)")
-    parser.add_argument("--recipe", choices=RECIPES, default="respell")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="respell", help="of the run that is planned (respell)"
+    )
     parser.add_argument(
         "--vocabulary-match", choices=("raw", "normalised"),
         help="pair equal strings or equal bytes (otherwise as the recipe does)",
     )  # fmt: skip
-    parser.add_argument("--granularity", choices=("token", "word", "sentence"), default="token")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of each side")
-    parser.add_argument("--min-coverage", type=float, default=0.9)
+    parser.add_argument(
+        "--granularity", choices=("token", "word", "sentence"), default="token",
+        help="the shortest spans (token), or spans of whole words or sentences",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step (4)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of each side (512)")
+    parser.add_argument(
+        "--min-coverage", type=float, default=0.9, help="what the run will refuse to be under (0.9)"
+    )
     parser.add_argument("--cached", action="store_true", help="the teacher will come from a cache")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="plan for it: less memory, more time"
+    )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of matrix products",
@@ -46,6 +57,7 @@ def add(commands: Any) -> None:
         help="load the weights too, and train so many steps (nothing is kept)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for programs")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,10 +81,9 @@ def run(args: argparse.Namespace) -> int:
     count = min(args.rows, len(every))
     numbers = [i * len(every) // count for i in range(count)]
     rows = [every[i] for i in numbers]
-    tokenizers = load_tokenizer(args.student), load_tokenizer(args.teacher)
-    configs = [
-        AutoConfig.from_pretrained(resolve_model(name)) for name in (args.student, args.teacher)
-    ]
+    names, options = (args.student, args.teacher), trust(args)
+    tokenizers = load_tokenizer(names[0], **options), load_tokenizer(names[1], **options)
+    configs = [AutoConfig.from_pretrained(resolve_model(name), **options) for name in names]
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     if args.dtype == "auto":
         dtype = faster_dtype(device)
@@ -105,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
         diagnosis = diagnosis.with_findings(
             *trial(
-                (args.student, args.teacher),
+                names,
                 tokenizers,
                 rows,
                 steps=args.measure,
@@ -117,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
                 gradient_checkpointing=args.gradient_checkpointing,
                 dtype=dtype,
                 device=device,
+                **options,
             )
         )
     if args.json:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL
+from sra.commands import MODEL, add_trust, trust
 
 METRICS = ("bits_per_byte", "agreement", "rouge_l")
 
@@ -25,14 +25,24 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token; one seed")
     parser.add_argument("--limit", type=int, help="only the first so many rows")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--max-prompt-length", type=int, default=256, help="of ROUGE-L's prompts")
-    parser.add_argument("--vocabulary-match", choices=("raw", "normalised"), default="normalised")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at once (8)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (512)")
+    parser.add_argument(
+        "--max-prompt-length", type=int, default=256, help="of ROUGE-L's prompts (256)"
+    )
+    parser.add_argument(
+        "--vocabulary-match", choices=("raw", "normalised"), default="normalised",
+        help="agreement is on entries of equal strings, or of equal bytes (normalised)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the weights of both (float32); bfloat16 takes half the memory",
+    )  # fmt: skip
     parser.add_argument(
         "--output", help="folder of results.json and generations.jsonl; what it has is kept"
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -47,7 +57,12 @@ def run(args: argparse.Namespace) -> int:
     rows = load_references(args.data)[: args.limit]
     metrics = args.metrics or ["bits_per_byte", *(["agreement"] if args.teacher else [])]
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    model, tokenizer = load_model(args.model).to(device), load_tokenizer(args.model)
+
+    def load(name: str) -> tuple[Any, Any]:
+        model = load_model(name, dtype=getattr(torch, args.dtype), **trust(args))
+        return model.to(device), load_tokenizer(name, **trust(args))
+
+    model, tokenizer = load(args.model)
     teacher = None
     if args.teacher:
         from sra.alignment import SpanAligner
@@ -55,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         from sra.model import head_rows
         from sra.vocabulary import SharedVocabulary
 
-        theirs, their_tokenizer = load_model(args.teacher).to(device), load_tokenizer(args.teacher)
+        theirs, their_tokenizer = load(args.teacher)
         teacher = Teacher(
             theirs,
             their_tokenizer,
@@ -85,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
             "weights": _weights(args.model),
             "teacher": args.teacher,
             "vocabulary_match": args.vocabulary_match,
+            "dtype": args.dtype,
         },
         log=lambda line: print(f"{line} ...", flush=True),
     )

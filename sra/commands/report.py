@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL
+from sra.commands import MODEL, add_trust, trust
 
 
 def add(commands: Any) -> None:
@@ -15,9 +15,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--data", help="held-out rows; measures before, after and the teacher")
     parser.add_argument("--teacher", help=f"{MODEL}; instead of the run's first teacher")
     parser.add_argument("--limit", type=int, help="only the first so many rows of --data")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at once (8)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the weights (float32); bfloat16 takes half the memory",
+    )  # fmt: skip
     parser.add_argument("--output", help="the page (otherwise report.html in the run's folder)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
             teacher=args.teacher,
             device="cuda" if on_gpu else "cpu",
             batch_size=args.batch_size,
+            dtype=getattr(torch, args.dtype),
             log=lambda line: print(f"{line} ...", flush=True),
+            **trust(args),
         )
     output = write_report(report, args.output or Path(args.run_folder) / "report.html")
     print(verdict(report)[1])

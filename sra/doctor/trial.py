@@ -38,12 +38,14 @@ def trial(
     gradient_checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    **options: Any,
 ) -> list[Finding]:
     """Load both models and train `steps` steps, and one before them that is not counted.
 
     Args:
         names: of student and teacher, for `load_model`.
         rows: the batches are taken from them in order, again from the start where they end.
+        options: of `load_model`: trust_remote_code.
 
     Raises:
         ValueError: what the models or the rows do not allow.
@@ -51,8 +53,10 @@ def trial(
     if device == "cpu":
         keep_freed_memory()
     start_memory = resident("VmRSS")
-    student = load_model(names[0]).to(device).train()
-    teacher = load_model(names[1], dtype=dtype).to(device) if objective.needs_teacher else None
+    student = load_model(names[0], **options).to(device).train()
+    teacher = None
+    if objective.needs_teacher:
+        teacher = load_model(names[1], dtype=dtype, **options).to(device)
     if gradient_checkpointing:
         student.gradient_checkpointing_enable()
     vocabulary = None

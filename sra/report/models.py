@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
 from sra.evaluation.likelihood import bits_per_byte
@@ -29,7 +31,9 @@ def measure(
     teacher: str | None = None,
     device: str = "cpu",
     batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
     log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> None:
     """Measure the run's models on held-out rows and put the figures and samples into `report`.
 
@@ -40,7 +44,9 @@ def measure(
         rows: of any kind that `SpanCollator` takes.
         data: their name, for the reader.
         teacher: instead of the run's first teacher.
+        dtype: of the weights.
         log: called with a line of text before each measurement.
+        options: of `load_model`: trust_remote_code.
 
     Raises:
         ValueError: the run has no student yet, or `teacher` cannot be loaded.
@@ -48,7 +54,20 @@ def measure(
     path = trained_student(report.folder)
     config = report.run.get("config") or {}
     length = config.get("max_length") or 512
-    tokenizer = load_tokenizer(path)
+    inputs = report.run.get("inputs") or {}
+
+    def load(name: str | Path, revision: str | None = None) -> tuple[Any, Any]:
+        of_it = {**options, "revision": revision} if revision else options
+        return load_model(name, dtype=dtype, **of_it).to(device), load_tokenizer(name, **of_it)
+
+    def try_to_load(side: str, name: str, revision: str | None, remedy: str) -> Any:
+        try:
+            return load(name, revision)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            missing.append(f"Figures of {side}, {name}: {reason} {remedy}")
+            return None
+
     names = [str(name) for name in report.run.get("teachers") or []]
     figures: dict[str, dict[str, float]] = {}
     missing: list[str] = []
@@ -60,9 +79,10 @@ def measure(
 
     reference = None
     if teacher is not None:
-        reference = load_model(teacher).to(device), load_tokenizer(teacher)
+        reference = load(teacher)
     elif names:
-        reference = _load(names[0], device, "the teacher", "Name it with --teacher.", missing)
+        revision = inputs.get("teacher_model_revision")
+        reference = try_to_load("the teacher", names[0], revision, "Name it with --teacher.")
         if len(names) > 1:
             others = ", ".join(names[1:])
             missing.append(f"Figures of {others}: one teacher is measured. Choose by --teacher.")
@@ -74,15 +94,16 @@ def measure(
     students: dict[str, Any] = {}
     if report.run.get("student"):
         hint = "Run sra report where it can be loaded."
-        students["before"] = lambda: _load(
-            str(report.run["student"]), device, "the student before training", hint, missing
-        )
+        students["before"] = lambda: try_to_load(
+            "the student before training", str(report.run["student"]),
+            inputs.get("model_revision"), hint,
+        )  # fmt: skip
     else:
         missing.append("The student before training: the run does not name it.")
-    students["after"] = lambda: (load_model(path).to(device), tokenizer)
+    students["after"] = lambda: load(path)
     compared: list[ComparedRow] = []
-    for side, load in students.items():
-        student = load()
+    for side, loaded in students.items():
+        student = loaded()
         if student is None:
             continue
         score(side, *student)
@@ -103,7 +124,7 @@ def measure(
     report.missing += missing
     report.samples = sorted(
         (
-            sample(number, row, spans, tokenizer)
+            sample(number, row, spans, student[1])
             for number, (row, spans) in enumerate(zip(rows, compared, strict=False))
             if spans.spans
         ),
@@ -179,17 +200,6 @@ def _token(tokenizer: Any, token: int) -> str:
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     shown = text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
     return f"“{shown}”" if shown else f"token {token}"
-
-
-def _load(
-    name: str, device: str, what: str, remedy: str, missing: list[str]
-) -> tuple[Any, Any] | None:
-    try:
-        return load_model(name).to(device), load_tokenizer(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        missing.append(f"Figures of {what}, {name}: {reason} {remedy}")
-        return None
 
 
 def _pair(
