@@ -126,6 +126,9 @@ def test_bad_input_writes_nothing(teacher, data, tmp_path):
     bad.write_text(json.dumps(tiny.ROWS[0]) + '\n{"prompt": "no answer"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: "):
         run(teacher, "--data", bad, "--out", folder)
+    alone = tmp_path / "alone"
+    run(teacher, "--data", data, "--out", alone, "--layers", "0")
+    assert DiskCache(alone).manifest.layers == (0, 1)  # the last always
     with pytest.raises(ValueError, match="The teacher has 2 layers; there is no layer 2"):
         run(teacher, "--data", data, "--out", folder, "--layers", "2")
     with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):

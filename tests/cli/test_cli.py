@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sra.cli import main
 from tests import tiny
@@ -122,6 +122,58 @@ def test_every_switch_of_the_objective_is_reachable(pair, data, tmp_path, capsys
 
 
 # --- what cannot run says so before it writes ---
+
+
+def test_a_teacher_is_read_in_the_dtype_of_the_run(pair, data, tmp_path, monkeypatch):
+    seen = []
+    known = AutoModelForCausalLM.from_pretrained
+
+    def recorded(path, **options):
+        seen.append((Path(path).name, options["dtype"]))
+        return known(path, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
+    argv = ["distill", *pair, "--data", data, "--output", tmp_path / "run", "--cpu"]
+    argv += ["--max-steps", "1", "--dtype", "bfloat16"]
+    assert main([str(a) for a in argv]) == 0
+    assert dict(seen) == {"tiny-student": torch.float32, "tiny-teacher": torch.bfloat16}
+    seen.clear()
+    argv = ["evaluate", pair[0], "--teacher", pair[1], "--data", data, "--dtype", "bfloat16"]
+    assert main([*argv, "--cpu"]) == 0
+    assert dict(seen) == {"tiny-student": torch.bfloat16, "tiny-teacher": torch.bfloat16}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_model_is_trusted_by_every_command_that_is_told_to(
+    pair, data, tmp_path, monkeypatch, trusted
+):
+    seen = []
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def recorded(path, *args, kind=kind, known=kind.from_pretrained, **options):
+            trust = options.get("trust_remote_code") is True
+            seen.append((kind is AutoConfig, Path(path).name, trust))
+            return known(path, *args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", recorded)
+    flag = ["--trust-remote-code"] if trusted else []
+    out = str(tmp_path / "run")
+    commands = (
+        ["align", *pair, "--text", "The Nile flows."],
+        ["doctor", *pair, "--data", data, "--cpu", "--measure", "1"],
+        ["cache", pair[1], "--data", data, "--out", str(tmp_path / "cache"), "--cpu"],
+        ["distill", *pair, "--data", data, "--output", out, "--cpu", "--max-steps", "1"],
+        ["evaluate", pair[0], "--teacher", pair[1], "--data", data, "--cpu"],
+        ["report", out, "--data", data, "--cpu"],
+    )
+    for command in commands:
+        seen.clear()
+        main([*command, *flag])
+        names = {Path(path).name for path in pair if path in command or command[0] == "report"}
+        assert names <= {name for config, name, _ in seen if not config}, command
+        assert {trust for config, _, trust in seen if not config} == {trusted}, command
+        if command[0] == "doctor":  # the others read configurations inside of models alone
+            assert names <= {name for _, name, trust in seen if trust == trusted}
 
 
 def test_a_missing_model(pair, data, capsys, tmp_path):
