@@ -115,6 +115,16 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return next((path for path in reversed(checkpoints(folder)) if is_whole(path)), None)
 
 
+def resumable(folder: str | Path) -> Path:
+    """`last_checkpoint`, or ValueError if there is none."""
+    last = last_checkpoint(folder)
+    if last is None:
+        raise ValueError(
+            f"{folder} holds no whole checkpoint. Train without resume_from_checkpoint."
+        )
+    return last
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """A run's, whole or not, the oldest first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]

@@ -22,7 +22,6 @@ from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
 from sra.model import call_inside, causal_lm, head_rows, place_teacher
 from sra.progress import LiveTerms, Speed, peak_gib, reset_peak
-from sra.run_record import last_checkpoint
 from sra.teacher_cache import check_caches
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -165,12 +164,7 @@ class SRATrainer(Trainer):
         removed, and the run's record is written first."""
         folder = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
-            last = last_checkpoint(folder)
-            if last is None:
-                raise ValueError(
-                    f"{folder} holds no whole checkpoint. Train without resume_from_checkpoint."
-                )
-            resume_from_checkpoint = str(last)
+            resume_from_checkpoint = str(run_record.resumable(folder))
         if resume_from_checkpoint:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             bare = sharded or self.args.save_only_model

@@ -14,7 +14,7 @@ from transformers import (
 
 from sra import TeacherCache, bits_per_byte
 from sra.progress import LiveTerms
-from sra.trainer import last_checkpoint
+from sra.run_record import last_checkpoint
 from tests import tiny
 from tests.distiller.cases import assert_same
 from tests.trainer.cases import logged, trainer, weights
@@ -210,30 +210,20 @@ class StopAt(TrainerCallback):
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, metric):
     """Best by bits per byte, of which less is better; projectors come back too."""
     run = trainer(
-        tmp_path, max_steps=12, learning_rate=0.3, warmup_steps=0, load_best_model_at_end=True,
-        metric_for_best_model=metric, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, save_total_limit=None,
-    )  # fmt: skip
-    run.train()
-    bits = logged(run, "eval_bits_per_byte")
-    best = 2 * (bits.index(min(bits)) + 1)
-    assert best < 12
-    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
-    assert run.evaluate()["eval_bits_per_byte"] == pytest.approx(min(bits), rel=1e-6)
-    (projector,) = run.distiller.projectors
-    (saved,) = load_file(tmp_path / f"checkpoint-{best}" / "projector.safetensors").values()
-    assert torch.equal(projector.weight, saved)
-
-
-def test_early_stopping(tmp_path):
-    run = trainer(
         tmp_path, max_steps=50, learning_rate=0.3, warmup_steps=0, load_best_model_at_end=True,
-        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        metric_for_best_model=metric, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2,
     )  # fmt: skip
     run.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
     run.train()
     bits = logged(run, "eval_bits_per_byte")
     assert len(bits) == bits.index(min(bits)) + 3 < 25
+    best = tmp_path / f"checkpoint-{2 * (bits.index(min(bits)) + 1)}"
+    assert run.state.best_model_checkpoint == str(best)
+    assert run.evaluate()["eval_bits_per_byte"] == pytest.approx(min(bits), rel=1e-6)
+    (projector,) = run.distiller.projectors
+    (saved,) = load_file(best / "projector.safetensors").values()
+    assert torch.equal(projector.weight, saved)
 
 
 @pytest.mark.parametrize("recipe", ["cross-entropy", "paper", "boundary", "respell"])
