@@ -71,7 +71,7 @@ MAX_TOKENS = 128  # rows are chosen to fit, so that a step takes seconds on two 
 SEEDS = (1, 2, 3)
 DEV_SEED = 0
 # A few steps of each method, the only ones that run alone on the machine; three warm up.
-SPEED = Regime("fresh", "what a step costs", rows=44, steps=11)
+SPEED = Regime("speed", "what a step costs", rows=44, steps=11)
 # Between which the methods lie: what every run begins with, and what it learns from.
 BOUNDS = {"start": "*the student before*", "teacher": "*its teacher*"}
 UNTRAINED = Regime("none", "no training", rows=0, steps=0)

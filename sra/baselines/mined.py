@@ -166,7 +166,9 @@ class MinED(Baseline):
     Public code compares strings, with word-start marks replaced for the tokenizer classes that it
     knows; here bytes are compared. It keeps one of several entries that become the same one; here
     their probabilities are added. It asks only that the student's token has one partner. It holds
-    one-hot rows as wide as the vocabulary; here `top_k` numbers a token.
+    one-hot rows as wide as the vocabulary; here `top_k` numbers a token. It pairs the tokens that
+    are read and compares what follows them; here, what predicts them, where the paired tokens say
+    that both were asked the same.
     """
 
     temperature: float = 1.0
