@@ -113,6 +113,8 @@ COMMON = (
 
 OWN_WORDS = {
     "gradient_checkpointing": "Compute activations again in the backward pass, to save memory.",
+    "warmup_steps": "Steps until learning_rate is reached (a tenth of all, unless set).",
+    "eval_steps": "Steps from one measurement of eval_data to the next.",
 }
 
 
@@ -245,7 +247,11 @@ def help_text(*, every: bool = False) -> str:
     own = [f.name for f in fields(DistillArguments) if f.init]
     inherited = {f.name for f in fields(SRAConfig.__mro__[1])}
     objective = [f.name for f in fields(SRAConfig) if f.name not in inherited]
-    groups = [("Models and data", own), ("Distillation", objective), ("Training", [*COMMON])]
+    groups = [
+        ("Models and data", own),
+        ("Distillation (what is unset is the recipe's)", objective),
+        ("Training", [*COMMON]),
+    ]
     if every:
         rest = [name for name in actions if name not in {*own, *objective, *COMMON, "help"}]
         groups.append(("Everything else of transformers.TrainingArguments", rest))

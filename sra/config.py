@@ -24,6 +24,8 @@ OBJECTIVE_FIELDS = (
     "pooling",
     "likelihood",
     "likelihood_temperature",
+    "direction",
+    "beta",
 )
 BITS_PER_BYTE = "bits_per_byte"
 BITS_NAMES = (BITS_PER_BYTE, f"eval_{BITS_PER_BYTE}")
@@ -50,12 +52,21 @@ class SRAConfig(TrainingArguments):
     temperature: float | None = field(default=None, metadata={"help": "Of the span logits."})
     cosine: float | None = field(default=None, metadata={"help": "Weight of the cosine term."})
     logit: float | None = field(default=None, metadata={"help": "Weight of the logit term."})
-    logit_state: str | None = field(default=None, metadata={"help": '"com" or "end".'})
+    logit_state: str | None = field(
+        default=None,
+        metadata={"help": 'Span logits are of centres of mass ("com") or of last states ("end").'},
+    )
     outside: str | None = field(
-        default=None, metadata={"help": '"renormalise", "weight", "bucket" or "respell".'}
+        default=None,
+        metadata={
+            "help": "What becomes of probability outside of the shared vocabulary: it is left out "
+            '("renormalise"), leaves a smaller weight ("weight"), is one more entry ("bucket"), or '
+            'is spelt in tokens of the student ("respell").'
+        },
     )
     normaliser: str | None = field(
-        default=None, metadata={"help": '"sequences", "spans" or "tokens".'}
+        default=None,
+        metadata={"help": 'The logit term is a mean over "sequences", "spans" or "tokens".'},
     )
     pooling: str | None = field(
         default=None, metadata={"help": 'Of the states of a span: "attention" or "mean".'}
@@ -64,6 +75,12 @@ class SRAConfig(TrainingArguments):
         default=None, metadata={"help": "Weight of the likelihood of the spans' texts."}
     )
     likelihood_temperature: float | None = field(default=None, metadata={"help": "Of that term."})
+    direction: str | None = field(
+        default=None, metadata={"help": 'KL of the span logits: "forward", "reverse" or "jsd".'}
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "Share of the teacher in the mixture of jsd, or of GOLD."}
+    )
     layers: list[str] | None = field(
         default=None,
         metadata={

@@ -30,10 +30,10 @@ TRAINER_STATE = "trainer_state.json"
 DECISIVE = (
     "method", "recipe", "alpha", "gamma", "power", "temperature", "cosine", "logit",
     "logit_state", "outside", "normaliser", "pooling", "likelihood", "likelihood_temperature",
-    "layers", "vocabulary_match", "granularity", "max_length", "teacher_max_length",
-    "train_turns", "teacher_weights", "projector_learning_rate", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "optim", "num_train_epochs", "max_steps", "seed",
+    "direction", "beta", "layers", "vocabulary_match", "granularity", "max_length",
+    "teacher_max_length", "train_turns", "teacher_weights", "projector_learning_rate",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "num_train_epochs", "max_steps", "seed",
     "data_seed", "bf16", "fp16",
 )  # fmt: skip
 

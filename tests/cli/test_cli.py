@@ -111,11 +111,12 @@ def test_every_switch_of_the_objective_is_reachable(pair, data, tmp_path, capsys
         ("--alpha", "2", "alpha = 2.0"),
         ("--gamma", "-1", "gamma = -1.0"),
         ("--temperature", "0", "temperature = 0.0"),
+        ("--beta", "0.5", "beta = 0.5 with direction = 'forward'"),
     ):
         assert message in refused(capsys, [*argv, flag, value], tmp_path / "run")
     for flag, value in (
         ("--logit-state", "com"), ("--outside", "bucket"), ("--normaliser", "sequences"),
-        ("--vocabulary-match", "normalised"),
+        ("--vocabulary-match", "normalised"), ("--direction", "jsd"), ("--beta", "0.3"),
     ):  # fmt: skip
         argv += [flag, value]
     assert main([*argv, "--max-steps", "1"]) == 0
