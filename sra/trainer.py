@@ -353,7 +353,7 @@ class SRATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)
         student = self.distiller.student
@@ -372,7 +372,7 @@ class SRATrainer(Trainer):
     def _load_best_model(self) -> None:
         """As on resuming: a checkpoint holds the plain student."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
+            Trainer._load_best_model(self)  # by name: SpanSFTTrainer has this method too
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 

@@ -46,6 +46,7 @@ class SpanSFTTrainer(SFTTrainer):
     distiller = SRATrainer.distiller
     _save = SRATrainer._save
     _load_from_checkpoint = SRATrainer._load_from_checkpoint
+    _load_best_model = SRATrainer._load_best_model
 
     def compute_loss(
         self,

@@ -37,7 +37,7 @@ OPTIONS = {
 }
 
 
-def sft_trainer(folder, student, teacher, **options):
+def sft_trainer(folder, student, teacher, held_out=None, **options):
     torch.manual_seed(0)
     trainer = SpanSFTTrainer(
         SpanDistiller(student, teacher, OBJECTIVE, vocabulary=tiny.vocabulary()),
@@ -46,6 +46,7 @@ def sft_trainer(folder, student, teacher, **options):
             remove_unused_columns=False, bf16=False, **OPTIONS | options,
         ),
         train_dataset=Dataset.from_list(tiny.ROWS),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
         data_collator=tiny.collator(),
         processing_class=tiny.student_tokenizer(),
     )  # fmt: skip
@@ -97,6 +98,20 @@ def test_a_checkpoint_is_the_plain_student_and_resumes(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for p, q in zip(again.distiller.parameters(), whole.distiller.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    run = sft_trainer(
+        tmp_path, tiny.student_model(), tiny.teacher_model(), max_steps=2, save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="step", greater_is_better=False, held_out=tiny.ROWS[:2],
+    )  # fmt: skip
+    known = run.evaluate
+    run.evaluate = lambda *args, **kwargs: known() | {"eval_step": run.state.global_step}
+    run.train()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32)
+    for p, q in zip(run.distiller.student.parameters(), best.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize(
