@@ -130,12 +130,12 @@ class SRAConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or plateau):
-            self.metric_for_best_model = BITS_PER_BYTE
-        if self.greater_is_better is None and self.metric_for_best_model in BITS_NAMES:
-            self.greater_is_better = False
+        metric, greater = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
+        if metric is None and self.metric_for_best_model:  # the loss, which is not measured
+            self.metric_for_best_model = BITS_PER_BYTE
+        if greater is None and self.metric_for_best_model in BITS_NAMES:
+            self.greater_is_better = False
         if self.n_gpu > 1:  # transformers would cut batches by rows, and spans belong to whole ones
             warnings.warn(
                 f"This is one process on a machine with {self.n_gpu} GPUs; it uses one. To use "

@@ -117,7 +117,7 @@ class Bench:
         """Training rows with the teacher's own completions, for SeqKD; made once and kept.
 
         Those that fill all room are left out. Of Qwen's they were a twelfth of the answers and a
-        third of the tokens: lists without end, cut in the middle of a word.
+        third of their tokens: lists without end, cut in the middle of a word.
         """
         file = self.folder / "answers.jsonl"
         if not file.exists():

@@ -142,6 +142,12 @@ ABLATIONS: dict[str, Options] = {
     "respell: likelihood instead": {"recipe": "respell", "logit": 0.0, "likelihood": 1.0},
     "simple-ctkd: no cross-entropy": {"method": "simple-ctkd", "alpha": 0.0},
     "gold-bayesian: no cross-entropy": {"method": "gold-bayesian", "alpha": 0.0},
+    "dskd: temperature 1": {"method": "dskd", "temperature": 1.0},
+    "dskd: projectors at 1e-3": {"method": "dskd", "projector_learning_rate": 1e-3},
+    "dskd-eta: temperature 1": {
+        "method": "dskd-eta", "projector_learning_rate": 5e-5, "temperature": 1.0
+    },
+    "dskd-eta: projectors at 5e-4": {"method": "dskd-eta", "projector_learning_rate": 5e-4},
 }  # fmt: skip
 
 VARIANTS = MAIN | ABLATIONS
@@ -157,6 +163,8 @@ ABLATED = {
     "respell": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
     "simple-ctkd": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
     "gold-bayesian": (("prune-qwen", "fresh"), ("prune-qwen", "little")),
+    "dskd": (("prune-qwen", "fresh"),),
+    "dskd-eta": (("prune-qwen", "fresh"),),
     # What reaches beyond the shared entries counts most where little is shared.
     "respell: no cross-entropy": tuple(itertools.product(("prune-qwen", "chinese"), REGIMES)),
     "respell + likelihood": tuple(itertools.product(("prune-qwen", "chinese"), REGIMES)),

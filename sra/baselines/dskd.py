@@ -33,11 +33,11 @@ class DSKD(Baseline):
         teacher space: w_j = sum_i softmax_i(a_ij) P_st h_i, through the teacher's head:
             KL(h_j || w_j)
 
-    L is the sum of the three, of the teacher's tokens too, as in public code. There the standard
-    deviations are of a batch with its prompts and its padding; here each is one number for a
-    sequence, over all entries of its answer's rows, so that neither padding nor what else is in the
-    batch changes the loss. Its three maps have a bias, and its scripts train them at 1e-3. Heads
-    keep their bias, scale and softcap, and the attention is fp32 under autocast.
+    L is the sum of the three, of the teacher's tokens too, as in public code. There the maps have a
+    bias, and learn at 1e-3, and the standard deviations are of a batch with its prompts and its
+    padding; here each is one number for a sequence, over all entries of its answer's rows, so that
+    neither padding nor what else is in the batch changes the loss. Heads keep their bias, scale and
+    softcap, and the attention is fp32 under autocast.
     """
 
     temperature: float = 2.0

@@ -53,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
     held_out = load_rows(given.eval_data) if given.eval_data else None
     output = Path(str(config.output_dir))
     checkpoint = last_checkpoint(output)
-    held = checkpoint or (output / "student" if (output / "student").exists() else None)
-    if held and not given.resume:
+    if checkpoint and not given.resume:
         raise ValueError(
-            f"{output} holds a run already ({held.name}). Go on with --resume, or choose another "
+            f"{output} holds a run already ({checkpoint.name}). Go on with --resume, or choose "
+            "another --output."
+        )
+    if not checkpoint and (output / "student").exists():
+        raise ValueError(
+            f"{output} holds a student already, and no checkpoint to go on from. Choose another "
             "--output."
         )
     if given.resume and not checkpoint:

@@ -243,7 +243,7 @@ def _generate(
     rows = out[:, width:].tolist()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [
-        Written(text.strip(), not {*ends}.isdisjoint(row))
+        Written(text.strip(), any(end in row for end in ends))
         for text, row in zip(texts, rows, strict=True)
     ]
 

@@ -12,7 +12,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from sra import TeacherCache, bits_per_byte
+from sra import SRAConfig, TeacherCache, bits_per_byte
 from sra.progress import LiveTerms
 from sra.run_record import last_checkpoint
 from tests import tiny
@@ -204,6 +204,15 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def test_a_plateau_is_one_of_bits_per_byte(tmp_path):
+    config = SRAConfig(
+        str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch", use_cpu=True
+    )
+    assert (config.metric_for_best_model, config.greater_is_better) == ("bits_per_byte", False)
+    other = SRAConfig(str(tmp_path), use_cpu=True)
+    assert (other.metric_for_best_model, other.greater_is_better) == (None, None)
 
 
 @pytest.mark.parametrize("metric", [None, "eval_bits_per_byte"])
