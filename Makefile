@@ -1,15 +1,20 @@
 # Two commands do all set-up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-# A torch of CPU size is installed first; `TORCH=torch make demo` takes the newest, CUDA included.
+# As pip's index has it: on Linux mostly a CUDA build (point pip at an index of CPU builds for a
+# small one). `TORCH=torch make demo` takes the newest.
 TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
+OLD := import sys; sys.exit(sys.version_info < (3, 10))
+# Before make 4, as on macOS, the lines of two jobs may mix.
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 
 .PHONY: demo test suite aot interpreted emulated check bench evidence evidence-small gpu wheel rivals clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c '$(OLD)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -c '$(OLD)' || (echo "$(PYTHON) is too old: SRA needs Python 3.10. PYTHON=python3.12 make ..." >&2; exit 1)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
@@ -18,7 +23,7 @@ demo: $(VENV)/ready ## distil a real teacher into a real student, with a table, 
 	$(BIN)/sra demo
 
 test: check ## lint, types and every test; then the GPU kernels without a GPU, on the ops' own tests
-	$(MAKE) --jobs=2 --output-sync=line suite interpreted emulated
+	$(MAKE) --jobs=2 $(SYNC) suite interpreted emulated
 
 suite: $(VENV)/ready ## every test on the backends of a CPU; GPU kernels are compiled for two targets
 	OMP_WAIT_POLICY=passive SRA_TEST_TARGETS="sm_90 gfx942" $(BIN)/python -m pytest
@@ -32,7 +37,7 @@ interpreted: $(VENV)/ready ## the Triton kernels, in Triton's interpreter: two c
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=interpreter SRA_TEST_CASES=2 $(BIN)/python -m pytest -q $(OPS)
 
 emulated: $(VENV)/ready ## the CUDA kernels, on the CPU
-	SRA_KERNELS_CUDA_LIBRARY=$$($(BIN)/python -m tests.emulation.build) OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q $(OPS)
+	library=$$($(BIN)/python -m tests.emulation.build) && SRA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 SRA_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q $(OPS)
 
 check: $(VENV)/ready ## lint and types
 	$(BIN)/ruff check .

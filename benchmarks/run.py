@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     part = bool(args.only or args.quick)
     if args.device == "cuda":
+        if args.quick or args.list or args.base:
+            parser.error("--quick, --list and --base are of the CPU's cases")
         if not torch.cuda.is_available():
             parser.error("torch sees no GPU on this machine")
         return measure_on_gpu(args.op or NAMES, args.only, args.out or RESULTS / "gpu")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
+
+from sra.main_memory import total_bytes
 
 # Names of malloc.h, glibc.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -14,7 +15,7 @@ PLENTY = 15 << 30  # what a machine with 16 GiB has, less what its kernel keeps
 
 def keep_freed_memory() -> None:
     """Have this process keep memory that is freed, for the next step, where the system is glibc and
-    the machine has 16 GiB or more.
+    the machine (or its container) has 16 GiB or more.
 
     By default much of it goes back, and the next step gets it page by page. Kept, blocks of many
     sizes leave holes: on two cores of an EPYC, SmolLM2-135M cut to 16 layers from
@@ -23,7 +24,7 @@ def keep_freed_memory() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < PLENTY:
+    if total_bytes() < PLENTY:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:

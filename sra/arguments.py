@@ -183,7 +183,7 @@ def read_yaml(path: str | Path) -> dict[str, list[str]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file. Give a YAML file of names and values.")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
@@ -194,6 +194,8 @@ def read_yaml(path: str | Path) -> dict[str, list[str]]:
 def _words(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [json.dumps(value)]
+    if isinstance(value, bool):  # YAML reads `save_strategy: no` as one
+        return ["yes" if value else "no"]
     return [str(x) for x in value] if isinstance(value, list) else [str(value)]
 
 

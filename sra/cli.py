@@ -21,6 +21,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can mend are one sentence, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # lines and arrows are lost where there is no UTF-8
+        if stream.encoding.lower() != "utf-8" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     whole = parser()
     args, rest = whole.parse_known_args(argv)
     if getattr(args, "takes_rest", False):  # it reads its own arguments

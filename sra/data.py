@@ -172,10 +172,7 @@ def load_rows(source: Any) -> Sequence[Mapping[str, Any]]:
         from datasets import load_from_disk
 
         return _checked_dataset(load_from_disk(str(path)), str(path))
-    rows = [_kept(row, where) for where, row in _parsed(path)]
-    if not rows:
-        raise ValueError(f"{path} holds no rows. Write one JSON object a line.")
-    return rows
+    return [clean_row(row, where) for where, row in parsed_lines(path)]
 
 
 def _checked_dataset(dataset: Any, name: str) -> Sequence[Mapping[str, Any]]:
@@ -206,17 +203,14 @@ class RowStream(IterableDataset):
     def _own(self, worker: int, workers: int, *, whole: bool) -> Iterator[dict[str, Any]]:
         """`whole`: leave out the last rows that are too few for all ranks."""
         group: list[tuple[str, str]] = []
-        number = 0
         for number, line in enumerate(_lines(self.path), start=1):
             group.append(line)
             if len(group) < self.world_size and whole:
                 continue
             if (number - 1) // self.world_size % workers == worker:
                 where, text = group[self.rank if whole else 0]
-                yield _kept(_parse(where, text), where)
+                yield clean_row(_parse(where, text), where)
             group = []
-        if number == 0:
-            raise ValueError(f"{self.path} holds no rows. Write one JSON object a line.")
 
 
 class Passes(IterableDataset):
@@ -253,15 +247,19 @@ def stream_rows(path: str | Path, *, rank: int = 0, world_size: int = 1) -> RowS
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line with something on it stands, and the line."""
+    """Where each line with something on it stands, and the line; ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file. Pass a JSONL file of rows, each one of {KINDS}."
         )
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    empty = True
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:  # some editors write a mark
         for number, line in enumerate(lines, start=1):
             if line.strip():
+                empty = False
                 yield f"{path}, line {number}", line
+    if empty:
+        raise ValueError(f"{path} holds no rows. Write one JSON object a line.")
 
 
 def _parse(where: str, line: str) -> Any:
@@ -271,12 +269,17 @@ def _parse(where: str, line: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from None
 
 
-def _parsed(path: Path) -> Iterator[tuple[str, Any]]:
+def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a JSONL file stands, and what it holds, for `clean_row`.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file and the line.
+    """
     return ((where, _parse(where, line)) for where, line in _lines(path))
 
 
-def _kept(row: Any, where: str) -> dict[str, Any]:
-    """The keys that this kind of row has, checked, and clean."""
+def clean_row(row: Any, where: str) -> dict[str, Any]:
+    """The keys that this kind of row has; `check_row` first, and what is no text as U+FFFD."""
     check_row(row, where)
     kind = next(kind for kind in _KEYS if row.get(kind) is not None)
     return {key: _clean(row[key]) for key in _KEYS[kind] if row.get(key) is not None}

@@ -139,7 +139,7 @@ def run_demo(*, student: str, teacher: str, layers: int, output: Path, scale: fl
     results.sort(key=lambda r: [regime.name for regime in REGIMES].index(r.regime))
     best = min(results, key=lambda r: r.bits_per_byte)
     table = markdown([*before, *results])
-    (output / "table.md").write_text(table)
+    (output / "table.md").write_text(table, encoding="utf-8")
     (output / "results.json").write_text(
         json.dumps([asdict(r) for r in (*before, *results)], indent=1)
     )
@@ -312,8 +312,8 @@ def draw_curves(results: list[Result], path: Path) -> None:
             steps, bits = zip(*result.curve, strict=True)
             label = f"{result.run}: {bits[-1]:.3f}"
             axis.plot(steps, bits, marker="o", markersize=4, color=color, label=label)
-        passes = regime.steps * BATCH // regime.rows
-        axis.set_title(f"{regime.name}: {regime.rows} rows, {passes} pass{'es' * (passes > 1)}")
+        passes = steps[-1] * BATCH / regime.rows
+        axis.set_title(f"{regime.name}: {regime.rows} rows, {passes:.3g} pass{'es' * (passes > 1)}")
         axis.set_xlabel("optimiser steps")
         axis.set_ylabel("held-out bits per byte")
         axis.spines[["top", "right"]].set_visible(False)

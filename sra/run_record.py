@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sra.whole_file import write_whole
+
 RECORD_FILE = "run.json"
 PACKAGES = ("sra", "torch", "transformers", "tokenizers", "accelerate", "triton")
 LOGGED = ("loss", "grad_norm", "ce", "cosine", "geometry", "logit", "likelihood")
@@ -45,14 +47,10 @@ def write_record(folder: str | Path, **entries: Any) -> None:
         OSError: it cannot be written, with how to go on; the record that was there stays.
     """
     path = Path(folder) / RECORD_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {**read_record(folder), **entries}
-    part = path.with_suffix(".part")
     try:
-        part.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str))
-        os.replace(part, path)
+        write_whole(path, json.dumps(record, indent=1, ensure_ascii=False, default=str))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written ({error.strerror}). Free some space, or choose another "
             "--output."
@@ -67,7 +65,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / RECORD_FILE
     try:
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         record = error
     if not isinstance(record, dict):
@@ -139,7 +137,7 @@ def _mapping(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 def is_whole(checkpoint: str | Path) -> bool:
     """Whether a checkpoint was written to its end: its last file is there, and complete."""
     try:
-        json.loads((Path(checkpoint) / TRAINER_STATE).read_text())
+        json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True
@@ -195,13 +193,13 @@ def check_checkpoint(checkpoint: str | Path, needed: Iterable[str] = ()) -> int:
             elif path.suffix in (".pt", ".pth"):
                 zipfile.ZipFile(path).close()
             elif path.suffix == ".json":
-                json.loads(path.read_text())
+                json.loads(path.read_text(encoding="utf-8"))
         except (OSError, SafetensorError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path} is missing or damaged ({error}). Delete the folder {folder.name} and "
                 "resume: the run goes on from the checkpoint before it."
             ) from error
-    return json.loads((folder / TRAINER_STATE).read_text())["global_step"]
+    return json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
 
 
 def worker_failure(error: Exception) -> str | None:

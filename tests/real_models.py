@@ -15,5 +15,7 @@ def checkpoint(name: str) -> Path:
     """The folder of a published model; skips the test, with the reason, if it cannot be had."""
     try:
         return fetch_model(name)
-    except (RuntimeError, OSError, ImportError) as error:
+    except RuntimeError as error:
+        if "could not download" not in str(error):  # a fault of ours, or a broken file
+            raise
         pytest.skip(f"{name}: {error}")

@@ -20,4 +20,12 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def trust(args: argparse.Namespace) -> dict[str, Any]:
     """What `load_model` and `load_tokenizer` take of it."""
-    return {"trust_remote_code": True} if args.trust_remote_code else {}
+    return {"trust_remote_code": args.trust_remote_code}
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option below 1; one that was not given is None."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least 1.")

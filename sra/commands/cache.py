@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL, add_trust, trust
+from sra.commands import MODEL, add_trust, check_positive, trust
 
 
 def add(commands: Any) -> None:
@@ -50,11 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from sra.teacher_cache.files import is_cache, read_manifest
     from sra.teacher_cache.writer import CacheWriter, teacher_sequences
 
-    for option in ("batch_size", "max_length"):
-        if getattr(args, option) < 1:
-            raise ValueError(
-                f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}."
-            )
+    check_positive(args, "batch_size", "max_length")
     folder = Path(args.out)
     held = read_manifest(folder) if is_cache(folder) else None
     tokenizer = load_tokenizer(args.teacher, **trust(args))

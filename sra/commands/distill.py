@@ -130,19 +130,20 @@ def _parsed(options: list[str]) -> tuple[Any, Any]:
     return given, config
 
 
+def _full(name: Any) -> Any:
+    """A file or folder by its full path, what is neither as it is; of a list, each."""
+    if isinstance(name, list):
+        return [_full(part) for part in name]
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
 def _inputs(given: Any, config: Any) -> dict[str, Any]:
     """Models and data, for the record: files by their full paths."""
-
-    def full(name: Any) -> Any:
-        if isinstance(name, list):
-            return [full(part) for part in name]
-        return str(Path(name).resolve()) if name and Path(name).exists() else name
-
     inputs = {
-        "student": full(given.model_name_or_path),
-        "teachers": full(given.teacher_model_name_or_path),
-        "teacher_cache": full(given.teacher_cache),
-        "data": full(given.data),
+        "student": _full(given.model_name_or_path),
+        "teachers": _full(given.teacher_model_name_or_path),
+        "teacher_cache": _full(given.teacher_cache),
+        "data": _full(given.data),
         "dataset_streaming": given.dataset_streaming,
         "rows_per_step": config.train_batch_size
         * config.gradient_accumulation_steps
@@ -177,7 +178,7 @@ def _save_student(trainer: Any, folder: Path) -> None:
 
 
 def _options(given: Any, revision: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": True} if given.trust_remote_code else {}
+    options: dict[str, Any] = {"trust_remote_code": given.trust_remote_code}
     return {**options, "revision": revision} if revision else options
 
 
@@ -188,7 +189,17 @@ def _teachers(given: Any, config: Any, options: dict[str, Any]) -> list[Any]:
     from sra.teacher_cache import DiskCache, TeacherCache
 
     if given.teacher_cache:
-        return [DiskCache(folder) for folder in given.teacher_cache]
+        if given.remember_teacher:
+            raise ValueError("remember_teacher: the states come from --teacher-cache already.")
+        caches = [DiskCache(folder) for folder in given.teacher_cache]
+        for name, cache in zip(given.teacher_model_name_or_path, caches, strict=False):
+            held = cache.manifest.teacher
+            if _full(name) != _full(held):
+                raise ValueError(
+                    f"{cache.folder} holds the states of {held}, and {name} is named as the "
+                    "teacher. Leave the name out: a cache has its teacher's tokenizer too."
+                )
+        return caches
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
     models = [
         load_model(name, dtype=dtype, attn_implementation=given.attn_implementation, **options)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL, add_trust, trust
+from sra.commands import MODEL, add_trust, check_positive, trust
 
 RECIPES = ("respell", "boundary", "paper", "cross-entropy")
 
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument(
-        "--measure", type=int, default=0, metavar="STEPS",
+        "--measure", type=int, metavar="STEPS",
         help="load the weights too, and train so many steps (nothing is kept)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -62,19 +62,14 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("rows", "batch_size", "max_length"):
-        if getattr(args, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1."
-            )
+    check_positive(args, "rows", "batch_size", "max_length", "measure")
     import torch
-    from transformers import AutoConfig
 
     from sra.data import load_rows
     from sra.doctor import diagnose
     from sra.doctor.planner import available_memory
     from sra.objective import recipe, vocabulary_match
-    from sra.packages import load_tokenizer, resolve_model
+    from sra.packages import load_config, load_tokenizer, resolve_model
     from sra.precision import faster_dtype
 
     every = load_rows(args.data)
@@ -83,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [every[i] for i in numbers]
     names, options = (args.student, args.teacher), trust(args)
     tokenizers = load_tokenizer(names[0], **options), load_tokenizer(names[1], **options)
-    configs = [AutoConfig.from_pretrained(resolve_model(name), **options) for name in names]
+    configs = [load_config(resolve_model(name, **options), **options) for name in names]
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     if args.dtype == "auto":
         dtype = faster_dtype(device)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL, add_trust, trust
+from sra.commands import MODEL, add_trust, check_positive, trust
 
 METRICS = ("bits_per_byte", "agreement", "rouge_l")
 
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from sra.evaluation.scores import Teacher, evaluate, load_references
     from sra.packages import load_model, load_tokenizer
 
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: it must be at least 1.")
+    check_positive(args, "limit", "batch_size", "max_length", "max_prompt_length")
     rows = load_references(args.data)[: args.limit]
     metrics = args.metrics or ["bits_per_byte", *(["agreement"] if args.teacher else [])]
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
@@ -99,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             "model": args.model,
             "weights": _weights(args.model),
             "teacher": args.teacher,
+            "teacher_weights": _weights(args.teacher) if args.teacher else None,
             "vocabulary_match": args.vocabulary_match,
             "dtype": args.dtype,
         },

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sra.commands import MODEL, add_trust, trust
+from sra.commands import MODEL, add_trust, check_positive, trust
 
 
 def add(commands: Any) -> None:
@@ -29,8 +29,10 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from sra.report.run import read_run, verdict, write_report
 
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: it must be at least 1.")
+    check_positive(args, "limit", "batch_size")
+    output = Path(args.output or Path(args.run_folder) / "report.html")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder. Give --output the name of the page.")
     if args.teacher and not args.data:
         raise ValueError("--teacher is measured on held-out rows: give --data as well.")
     report = read_run(args.run_folder)
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             log=lambda line: print(f"{line} ...", flush=True),
             **trust(args),
         )
-    output = write_report(report, args.output or Path(args.run_folder) / "report.html")
+    write_report(report, output)
     print(verdict(report)[1])
     print(f"The report is {output}: open it in a browser.")
     return 0

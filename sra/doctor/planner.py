@@ -6,19 +6,17 @@ this machine, with products of the very shapes that the step has.
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sra.doctor.workload import Shape, Work, count_parameters, trace
+from sra.main_memory import available_bytes
 from sra.objective import DEFAULT, RECIPES, Objective
 from sra.respelling import ROWS as CHUNK
 from sra_kernels import explain, linear_span_kl
@@ -353,12 +351,7 @@ class Heads:
 
 
 def available_memory(device: torch.device | str = "cpu") -> float:
-    """GiB of a GPU, or of main memory (on Linux, what is free of it now)."""
+    """GiB of a GPU, or what is free of main memory now."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.M)
-        free = 1024 * int(found[1]) if found else free
-    return free / 2**30
+    return available_bytes() / 2**30

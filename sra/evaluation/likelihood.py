@@ -66,8 +66,10 @@ def bits_per_byte(
 
     Raises:
         KeyError: a row is of no known kind.
-        ValueError: no byte of any row could be scored.
+        ValueError: no byte of any row could be scored, or no rows in a batch.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     scored = [_tokenise(tokenizer, row, max_length, chat_template) for row in rows]
     scored = sorted((row for row in scored if row.num_bytes), key=lambda row: len(row.input_ids))
     if not scored:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sra.data import check_row
+from sra.data import clean_row, parsed_lines
 from sra.evaluation.likelihood import bits_per_byte
 from sra.evaluation.rouge import SEEDS, Answer, Question, answer
 from sra.evaluation.span_comparison import span_agreement
 from sra.token_bytes import clean_text
+from sra.whole_file import write_whole
 
 METRICS = ("bits_per_byte", "agreement", "rouge_l")
 RESULTS_FILE, GENERATIONS_FILE = "results.json", "generations.jsonl"
@@ -28,31 +28,17 @@ def load_references(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: with the file and the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Pass a JSONL file, one row a line.")
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from None
-            references = row.get("completion") if isinstance(row, dict) else None
-            if isinstance(references, list):
-                if not references:
-                    raise ValueError(f"{where}: the list of references is empty. Remove the row.")
-                for reference in references:
-                    check_row(row | {"completion": reference}, where)
-            else:
-                check_row(row, where)
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} holds no rows. Write one JSON object a line.")
-    return rows
+    return [_with_references(row, where) for where, row in parsed_lines(Path(path))]
+
+
+def _with_references(row: Any, where: str) -> dict[str, Any]:
+    references = row.get("completion") if isinstance(row, dict) else None
+    if not isinstance(references, list):
+        return clean_row(row, where)
+    if not references:
+        raise ValueError(f"{where}: the list of references is empty. Remove the row.")
+    each = [clean_row(row | {"completion": reference}, where) for reference in references]
+    return each[0] | {"completion": [one["completion"] for one in each]}
 
 
 def single(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +60,7 @@ def question(row: Mapping[str, Any], number: int) -> Question:
         )
     references = row["completion"]
     listed = references if isinstance(references, list) else [references]
-    return Question(row["prompt"], tuple(map(clean_text, listed)))
+    return Question(clean_text(row["prompt"]), tuple(map(clean_text, listed)))
 
 
 @dataclass(frozen=True)
@@ -144,7 +130,9 @@ def evaluate(
         "chat_template": chat_template,
     }
     folder = None if output is None else Path(output)
-    results = {"rows": len(plain), "settings": given} | _kept(folder, given)
+    kept = _kept(folder, given)
+    results = {"rows": len(plain), "settings": given} | kept
+    _save(folder, results)  # before the answers, which say nothing of their settings
 
     def keep(name: str, measure: Callable[[], float]) -> None:
         if name not in results:
@@ -170,8 +158,9 @@ def evaluate(
     if "agreement" in metrics and teacher is not None:
         keep("agreement", partial(agreement, teacher))
     if questions:
-        answers = _answers(folder)
-        for seed in seeds[:1] if greedy else seeds:
+        answers = _answers(folder) if kept else []
+        wanted = [*seeds[:1]] if greedy else [*seeds]
+        for seed in wanted:
             if any(a.seed == seed for a in answers):
                 continue
             log(f"answering {len(questions):,} prompts, seed {seed}")
@@ -182,11 +171,10 @@ def evaluate(
             )  # fmt: skip
             results["rouge_l"] = _summary(answers)
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
                 lines = (json.dumps(a._asdict(), ensure_ascii=False) + "\n" for a in answers)
-                _write(folder / GENERATIONS_FILE, "".join(lines))
+                write_whole(folder / GENERATIONS_FILE, "".join(lines))
             _save(folder, results)
-        results["rouge_l"] = _summary(answers)
+        results["rouge_l"] = _summary([one for one in answers if one.seed in wanted])
     _save(folder, results)
     return results
 
@@ -205,7 +193,7 @@ def _kept(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder holds already."""
     if folder is None or not (folder / RESULTS_FILE).exists():
         return {}
-    kept = json.loads((folder / RESULTS_FILE).read_text())
+    kept = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     then, now = kept.get("settings", {}), json.loads(json.dumps(settings))
     different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if different:
@@ -220,18 +208,11 @@ def _kept(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _answers(folder: Path | None) -> list[Answer]:
     if folder is None or not (folder / GENERATIONS_FILE).exists():
         return []
-    with (folder / GENERATIONS_FILE).open() as lines:
+    with (folder / GENERATIONS_FILE).open(encoding="utf-8") as lines:
         return [Answer(**json.loads(line)) for line in lines]
 
 
 def _save(folder: Path | None, results: Mapping[str, Any]) -> None:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, even if the process dies here."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.replace(path)
+        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        write_whole(folder / RESULTS_FILE, text)

@@ -75,6 +75,8 @@ def compare_spans(
     Returns:
         one `ComparedRow` a row, in order; without spans for a row that `collator` leaves out.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     models = [model for model in (student, teacher) if isinstance(model, nn.Module)]
     modes = [model.training for model in models]
     for model in models:

@@ -16,6 +16,7 @@ from sra.evaluation.span_comparison import ComparedRow, agreement_of, compare_sp
 from sra.model import head_rows
 from sra.packages import load_model, load_tokenizer
 from sra.report.run import Report, SampleSpans
+from sra.run_record import last_checkpoint
 from sra.token_bytes import byte_tokenizer
 from sra.vocabulary import SharedVocabulary
 
@@ -121,6 +122,8 @@ def measure(
             figures[side]["divergence"] = sum(spans) / len(spans)
     report.figures = figures
     report.source = f"Measured by this report on {len(rows):,} rows of {data}."
+    if reference is not None and len(rows) > SHOWN_ROWS:
+        report.source += f" Agreement and divergence: of the first {SHOWN_ROWS}."
     report.missing += missing
     report.samples = sorted(
         (
@@ -139,17 +142,14 @@ def trained_student(folder: str | Path) -> Path:
         ValueError: there is neither.
     """
     folder = Path(folder)
-    checkpoints = sorted(
-        (path for path in folder.glob("checkpoint-[0-9]*") if (path / "config.json").exists()),
-        key=lambda path: int(path.name.removeprefix("checkpoint-")),
-    )
-    found = [*checkpoints, *(path for path in [folder / "student"] if path.is_dir())]
-    if not found:
+    student = folder / "student"
+    found = student if student.is_dir() else last_checkpoint(folder)
+    if found is None:
         raise ValueError(
-            f"{folder} holds no student yet, neither {folder / 'student'} nor a checkpoint, so "
+            f"{folder} holds no student yet, neither {student} nor a whole checkpoint, so "
             "there is nothing to measure. Leave --data out, or wait for the first checkpoint."
         )
-    return found[-1]
+    return found
 
 
 def sample(number: int, row: Mapping[str, Any], spans: ComparedRow, tokenizer: Any) -> SampleSpans:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from sra.report.charts import Curve, number
 from sra.run_record import RECORD_FILE
+from sra.whole_file import write_whole
 
 STATE_FILE = "trainer_state.json"
 SIDES = ("before", "after", "teacher")
@@ -176,8 +176,14 @@ def verdict(report: Report) -> tuple[str, str]:
     ]
     if evaluated and min(evaluated)[0] < 0.99 * evaluated[-1][0]:
         best, at = min(evaluated)
-        level = "warning" if level == "good" else level
-        said += f" It was best at step {at} ({best:.4f}) and got worse from there: overfitting."
+        kept = (report.run.get("after") or {}).get("bits_per_byte")
+        if kept is not None and best > 0.99 * kept:
+            said += (
+                f" It was best at step {at} ({best:.4f}), and that is the student that was kept."
+            )
+        else:
+            level = "warning" if level == "good" else level
+            said += f" It was best at step {at} ({best:.4f}) and got worse from there: overfitting."
     if not report.finished and report.max_steps:
         level = "warning" if level == "good" else level
         said += (
@@ -191,11 +197,8 @@ def write_report(report: Report, output: str | Path) -> Path:
     """Write the page; all of it or nothing."""
     from sra.report.page import page
 
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.with_name(f".{output.name}.{os.getpid()}")
-    scratch.write_text(page(report), encoding="utf-8")
-    return scratch.replace(output)
+    write_whole(output, page(report))
+    return Path(output)
 
 
 def _improvement(before: float, after: float, teacher: float | None) -> tuple[str, str]:

@@ -245,7 +245,7 @@ class DiskCache(_Remembered):
         Raises:
             ValueError: it does not load as the one that wrote the texts.
         """
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / TOKENIZER, trust_remote_code=False)
         if tokenizer_hash(tokenizer) != self.manifest.tokenizer:
             raise ValueError(
                 f"{self.folder / TOKENIZER} loads as another tokenizer than the one that wrote the "

@@ -19,7 +19,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sra.states import States
+from sra.whole_file import write_whole
 
 FORMAT = 1
 MANIFEST, INDEX, HEAD, TOKENIZER = "cache.json", "index.json", "head.safetensors", "tokenizer"
@@ -245,15 +245,9 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: what it is, and that what is complete stays; a full disk also says how to go on.
     """
-    scratch = path.with_name(f"{path.name}.tmp")
     try:
-        with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        write_whole(path, data)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,

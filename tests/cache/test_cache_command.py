@@ -131,9 +131,9 @@ def test_bad_input_writes_nothing(teacher, data, tmp_path):
     assert DiskCache(alone).manifest.layers == (0, 1)  # the last always
     with pytest.raises(ValueError, match="The teacher has 2 layers; there is no layer 2"):
         run(teacher, "--data", data, "--out", folder, "--layers", "2")
-    with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--batch-size 0: it must be at least 1"):
         run(teacher, "--data", data, "--out", folder, "--batch-size", "0")
-    with pytest.raises(ValueError, match="--max-length must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="--max-length -1: it must be at least 1"):
         run(teacher, "--data", data, "--out", folder, "--max-length", "-1")
     with pytest.raises(ValueError, match="Cannot read the model"):
         run(tmp_path / "nowhere", "--data", data, "--out", folder)

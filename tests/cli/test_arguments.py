@@ -92,6 +92,15 @@ def test_files_that_are_not_understood(tmp_path, content, message):
         parse([str(tmp_path / "none.yaml"), "--cpu"])
 
 
+def test_words_that_yaml_takes_for_truth_values(tmp_path):
+    file = tmp_path / "run.yml"
+    file.write_text("save_strategy: no\npadding_free: on\nuse_peft: false\n")
+    given, config = parse([str(file), "STUDENT", "--cpu"])
+    assert config.save_strategy == "no"
+    assert config.padding_free is True
+    assert given.use_peft is False
+
+
 def test_a_tenth_of_the_steps_warms_up():
     for more, steps in ((["--max_steps", "50"], 5), ([], 3)):
         arguments, config = parse(["a", "--cpu", "--batch_size", "4", *more])

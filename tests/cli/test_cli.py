@@ -152,7 +152,7 @@ def test_code_of_a_model_is_trusted_by_every_command_that_is_told_to(
     for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
 
         def recorded(path, *args, kind=kind, known=kind.from_pretrained, **options):
-            trust = options.get("trust_remote_code") is True
+            trust = options.get("trust_remote_code")  # None: transformers asks at the terminal
             seen.append((kind is AutoConfig, Path(path).name, trust))
             return known(path, *args, **options)
 
@@ -175,6 +175,50 @@ def test_code_of_a_model_is_trusted_by_every_command_that_is_told_to(
         assert {trust for config, _, trust in seen if not config} == {trusted}, command
         if command[0] == "doctor":  # the others read configurations inside of models alone
             assert names <= {name for _, name, trust in seen if trust == trusted}
+
+
+def test_a_cache_is_of_the_teacher_that_is_named(pair, data, tmp_path, capsys, monkeypatch):
+    cache, out = str(tmp_path / "cache"), str(tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(pair[1], other)
+    assert main(["cache", pair[1], "--data", data, "--out", cache, "--cpu"]) == 0
+    shared = ["--teacher-cache", cache, "--data", data, "--output", out, "--cpu"]
+    assert main(["distill", pair[0], str(other), *shared]) == 1
+    said = capsys.readouterr().err
+    assert f"{cache} holds the states of {pair[1]}, and {other} is named" in said
+    assert main(["distill", *pair, *shared, "--remember-teacher"]) == 1
+    assert "come from --teacher-cache already" in capsys.readouterr().err
+    monkeypatch.chdir(Path(pair[1]).parent)  # the same folder by another name
+    assert main(["distill", pair[0], Path(pair[1]).name, *shared, "--max-steps", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("evaluate", "--batch-size"),
+        ("evaluate", "--max-prompt-length"),
+        ("doctor", "--measure"),
+        ("cache", "--batch-size"),
+        ("report", "--batch-size"),
+    ],
+)
+def test_counts_are_positive(pair, data, tmp_path, capsys, command, option):
+    argv = {
+        "evaluate": [pair[0]],
+        "doctor": [*pair],
+        "cache": [pair[1], "--out", str(tmp_path / "cache")],
+        "report": [str(tmp_path)],
+    }[command]
+    assert main([command, *argv, "--data", data, option, "-1"]) == 1
+    assert f"{option} -1: it must be at least 1" in capsys.readouterr().err
+
+
+def test_output_where_there_is_no_utf_8(pair):
+    argv = [sys.executable, "-m", "sra.cli", "align", *pair, "--text", "The Nile"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    shown = subprocess.run(argv, capture_output=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert b"Ni" in shown.stdout
 
 
 def test_a_missing_model(pair, data, capsys, tmp_path):

@@ -98,6 +98,22 @@ def test_a_stopped_evaluation_goes_on_at_the_next_seed(tmp_path, monkeypatch):
     assert files[0] == files[1]
 
 
+def test_answers_without_their_settings_are_made_anew(tmp_path):
+    pytest.importorskip("rouge_score", reason="the package rouge-score is not installed")
+    student, tokenizer = tiny.student_model(), tiny.student_tokenizer()
+    options = {"metrics": ["rouge_l"], "output": tmp_path, **SHORT}
+    rows = [*tiny.ROWS[:2], tiny.ROWS[2] | {"prompt": "half \ud83d of a pair"}]
+    first = evaluate(student, tokenizer, rows, seeds=[1], **options)["rouge_l"]
+    both = evaluate(student, tokenizer, rows, seeds=[1, 2], **options)["rouge_l"]
+    assert both["seeds"].keys() == {"1", "2"}
+    assert evaluate(student, tokenizer, rows, seeds=[1], **options)["rouge_l"] == first
+    (tmp_path / "results.json").unlink()
+    path = tmp_path / "generations.jsonl"
+    lines = [json.loads(line) | {"score": 99.0} for line in path.open(encoding="utf-8")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate(student, tokenizer, rows, seeds=[1], **options)["rouge_l"] == first
+
+
 def test_results_of_other_settings_are_not_mixed(tmp_path):
     student, tokenizer = tiny.student_model(), tiny.student_tokenizer()
     evaluate(student, tokenizer, tiny.ROWS, output=tmp_path)
@@ -140,6 +156,13 @@ def test_a_broken_line_is_named(tmp_path, line, message):
         load_references(tmp_path / "nowhere.jsonl")
 
 
+def test_references_are_cleaned_as_rows_are(tmp_path):
+    path = tmp_path / "data.jsonl"
+    row = r'{"prompt": "a \ud83d", "completion": ["b \ud83d", "c"]}'
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")  # as editors on Windows write it
+    assert load_references(path) == [{"prompt": "a �", "completion": ["b �", "c"]}]
+
+
 def test_the_command(tmp_path, capsys):
     student, teacher = tiny.write_checkpoints(tmp_path)
     data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS)
@@ -153,7 +176,10 @@ def test_the_command(tmp_path, capsys):
     assert f"{results['agreement']:.1%}" in shown
     # The weights change: what was measured of the old ones is not taken for theirs.
     tiny.student_model(seed=9).save_pretrained(student)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(weights"):
+        run(*argv, "--output", tmp_path / "out")
+    tiny.teacher_model(seed=9).save_pretrained(teacher)
+    with pytest.raises(ValueError, match="teacher_weights"):
         run(*argv, "--output", tmp_path / "out")
     with pytest.raises(ValueError, match="--limit 0"):
         run(student, "--data", data, "--limit", 0)

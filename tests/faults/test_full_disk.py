@@ -54,7 +54,7 @@ def test_no_room_for_the_student(folder, finished, tmp_path):
 
 def test_no_room_for_the_record(folder, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
-    assert sra(folder.argv(output), log, FullDisk("run.part", 50)) == 1
+    assert sra(folder.argv(output), log, FullDisk("run.json.tmp", 50)) == 1
     said = log.read_text().rpartition("sra distill: ")[2]
     assert f"{output / 'run.json'} could not be written (File too large). Free some" in said
     assert not [*output.iterdir()]

