@@ -28,17 +28,20 @@ def sequence_rows(
 
 
 def count_items(batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """``[3]`` float64: label tokens, sequences and spans of the micro-batches of one step.
+    """``[4]`` float64: label tokens, sequences, spans and told tokens of the micro-batches of one
+    step.
 
-    A sequence or span counts once for each teacher that sees it.
+    A sequence or span counts once for each teacher that sees it. Told are label tokens, counted so.
     """
-    tokens = sequences = spans = 0
+    tokens = sequences = spans = told = 0
     for batch in batches:
-        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+        tokens += labelled
         for teacher in batch.get("teachers", ()):
             sequences += len(teacher["span_offsets"]) - 1
             spans += len(teacher["student_spans"])
-    return torch.tensor([tokens, sequences, spans], dtype=torch.float64)
+            told += int(teacher["labelled"].sum()) if "labelled" in teacher else labelled
+    return torch.tensor([tokens, sequences, spans, told], dtype=torch.float64)
 
 
 def own_counts(labels: Tensor, teachers: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -46,8 +49,13 @@ def own_counts(labels: Tensor, teachers: Sequence[Mapping[str, Tensor]]) -> Tens
     dtype = torch.float32 if labels.device.type == "mps" else torch.float64
     sequences = sum(len(teacher["span_offsets"]) - 1 for teacher in teachers)
     spans = sum(len(teacher["student_spans"]) for teacher in teachers)
-    counts = torch.tensor([0, sequences, spans], dtype=dtype).to(labels.device)
-    return torch.cat([(labels[:, 1:] != IGNORED).sum()[None].to(dtype), counts[1:]])
+    tokens = (labels[:, 1:] != IGNORED).sum()
+    told = torch.zeros_like(tokens)
+    for teacher in teachers:
+        told += teacher["labelled"].sum().to(told.device) if "labelled" in teacher else tokens
+    counts = torch.tensor([0, sequences, spans, 0], dtype=dtype).to(labels.device)
+    counts[0], counts[3] = tokens, told
+    return counts
 
 
 def step_counts(own: Tensor, given: Tensor | int | None) -> Tensor:
@@ -55,4 +63,4 @@ def step_counts(own: Tensor, given: Tensor | int | None) -> Tensor:
     if given is None:
         return own
     given = torch.as_tensor(given, dtype=own.dtype, device=own.device)
-    return given if given.numel() == 3 else own * given / own[0].clamp(min=1)
+    return given if given.numel() == 4 else own * given / own[0].clamp(min=1)

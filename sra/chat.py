@@ -91,6 +91,33 @@ def render_prompt(tokenizer: Any, prompt: str, *, chat_template: bool = True) ->
     return f"{_start(tokenizer)}{prompt}\n"
 
 
+def turn_end(tokenizer: Any, *, chat_template: bool = True) -> str:
+    """What ends the assistant's turn: the special token that the chat template writes behind it,
+    with the white space before it; without a template, or such a token, the end of a sequence."""
+    written = ""
+    if chat_template and tokenizer.chat_template:
+        written = _written_end(tokenizer, len(tokenizer), str(tokenizer.chat_template))
+    return written or tokenizer.eos_token or ""
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The token of `turn_end`; None where there is none."""
+    end = turn_end(tokenizer).strip()
+    return tokenizer.convert_tokens_to_ids(end) if end else None
+
+
+@functools.lru_cache(maxsize=16)
+def _written_end(tokenizer: Any, size: int, template: str) -> str:
+    """Empty if the template refuses an answer. `size` and `template` are there for the cache."""
+    turns = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
+    try:
+        text = _written(tokenizer, turns)
+    except ValueError:
+        return ""
+    end = text.rfind(_MARK) + len(_MARK)
+    return text[end : _turn_end(text, end, _turn_ends(tokenizer, size))[1]]
+
+
 def render_question(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
     """A conversation and the opening of the assistant's turn, as the chat template writes them.
 
@@ -110,7 +137,7 @@ def render(
 ) -> Rendering:
     """Write a row for one model.
 
-    - ``{"prompt", "completion"}``: `render_prompt`, the completion, the end-of-sequence token.
+    - ``{"prompt", "completion"}``: `render_prompt`, the completion, `turn_end`.
     - ``{"messages", "tools"}``: as the chat template writes them. Without one (or with
       ``chat_template=False``): the tools as JSON and each message on a line; in place of the line
       break, the end-of-sequence token after what the assistant says. One user and one assistant
@@ -143,10 +170,11 @@ def render(
         said = clean_text(row["completion"])
         prompt = clean_text(row["prompt"])
         before = render_prompt(tokenizer, prompt, chat_template=chat_template)
+        after = turn_end(tokenizer, chat_template=chat_template)
     else:
-        said, before = clean_text(row["text"]), _start(tokenizer)
+        said, before, after = clean_text(row["text"]), _start(tokenizer), tokenizer.eos_token or ""
     start, end = len(before), len(before) + len(said)
-    text = before + said + (tokenizer.eos_token or "")
+    text = before + said + after
     piece = Piece(said, (Match(0, len(said), start),))
     return Rendering(text, (piece,), (Label(start, end, len(text)),))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -71,10 +72,10 @@ class SpanCollator:
     spell), ``coverage`` ``[B]`` (share of the trained text's bytes that lie in spans) and
     ``teachers``, a list with a dictionary for each teacher: ``input_ids``, ``attention_mask``
     ``[Bk, Tt]`` of the rows that go to it, ``student_spans`` and ``teacher_spans`` ``[S, 2]``
-    (half-open row ranges into the flattened ``[B * Ts]`` and ``[Bk * Tt]`` rows) and
-    ``span_offsets`` ``[Bk + 1]``. With padding="free", ``input_ids``, ``labels`` and
-    ``position_ids`` (from 0 in each sequence) are ``[1, N]`` and there is no mask. All int64 but
-    ``coverage``, fp32.
+    (half-open row ranges into the flattened ``[B * Ts]`` and ``[Bk * Tt]`` rows),
+    ``span_offsets`` ``[Bk + 1]`` and ``labelled`` ``[Bk]`` (how many labels each row has). With
+    padding="free", ``input_ids``, ``labels`` and ``position_ids`` (from 0 in each sequence) are
+    ``[1, N]`` and there is no mask. All int64 but ``coverage``, fp32.
 
     Raises:
         ValueError: an option that is none, aligners of different students, and, when called, a row
@@ -225,6 +226,8 @@ class SpanCollator:
         batch["student_spans"] = _moved([t.student for t in tables], student_starts[own])
         batch["teacher_spans"] = _moved([t.teacher for t in tables], starts)
         batch["span_offsets"] = torch.from_numpy(np.cumsum([0, *map(len, tables)]))
+        labelled = [int((examples[i].labels[1:] != IGNORED).sum()) for i in own]
+        batch["labelled"] = torch.tensor(labelled, dtype=torch.int64)
         return batch
 
     def _joined(self, ids: list[np.ndarray], tokenizer: Any) -> tuple[dict[str, Any], np.ndarray]:
@@ -258,22 +261,29 @@ def sequence_ids(batch: Mapping[str, Any], index: int) -> list[int]:
 
 
 def check_coverage(
-    rows: Iterable[Mapping[str, Any]], collator: SpanCollator, minimum: float
+    rows: Iterable[Mapping[str, Any]],
+    collator: SpanCollator,
+    minimum: float,
+    numbers: Iterable[int] | None = None,
 ) -> tuple[float, int]:
     """The share of the trained texts' bytes inside spans, and how many rows are left out.
+
+    Args:
+        numbers: of the rows, where they are not all of a data set.
 
     Raises:
         ValueError: the share is under `minimum`, every row is left out, or one is broken.
     """
-    covered, total, left_out, number = 0.0, 0, 0, -1
+    covered, total, seen, left_out = 0.0, 0, 0, 0
     worst: tuple[float, int, str] = (2.0, 0, "")
-    for number, row in enumerate(rows):
+    for number, row in zip(count() if numbers is None else numbers, rows, strict=False):
         example = collator.example(row, f"Row {number}")
+        seen += 1
         covered, total = covered + example.coverage * example.size, total + example.size
         left_out += example.left_out
         if example.coverage < worst[0]:
             worst = (example.coverage, number, _uncovered(example, row))
-    if left_out and left_out == number + 1:
+    if left_out and left_out == seen:
         raise ValueError(
             f"None of {left_out:,} rows has a token to learn within max_length = "
             f"{collator.max_length}: their prompts fill it. Raise max_length."

@@ -162,10 +162,10 @@ class SpanDistiller(nn.Module):
     ) -> DistillerOutput:
         """The loss of a batch of `SpanCollator`.
 
-        num_items_in_batch: what the sums are divided by: ``[3]`` (tokens, sequences, spans) of the
-            whole optimiser step, as `count_items` gives them (exact under gradient accumulation);
-            or the number of label tokens of the step alone, as `transformers.Trainer` passes it
-            (the other two counts are then taken in the proportion of this batch); None: this batch.
+        num_items_in_batch: what the sums are divided by: the counts of the whole optimiser step, as
+            `count_items` gives them (exact under gradient accumulation); or the number of its label
+            tokens alone, as `transformers.Trainer` passes it (the other counts are then taken in
+            the proportion of this batch); None: this batch.
         """
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
@@ -377,7 +377,7 @@ def top_agreement(
     own, other = student_head.logits(student), teacher_head.logits(teacher)
     if vocabulary is not None:
         own, other = own[:, vocabulary[0]], other[:, vocabulary[1]]
-    return (own.argmax(-1) == other.argmax(-1)).double().mean()
+    return (own.argmax(-1) == other.argmax(-1)).float().mean()
 
 
 def _sample(count: int, most: int, device: torch.device) -> Tensor:

@@ -349,16 +349,16 @@ def combine(
     Args:
         objective: an `Objective` or a `Baseline`.
         ce: sum of the tokens' negative log-likelihoods.
-        counts: ``[3]``, label tokens, sequences and spans of the WHOLE optimiser step (with several
+        counts: ``[4]``, as `count_items` gives them, of the WHOLE optimiser step (with several
             teachers: of all of them together), so that the gradient does not depend on how the step
             is split into micro-batches or ranks.
     """
-    tokens, sequences, spans = counts.clamp(min=1).unbind()
+    tokens, sequences, spans, told = counts.clamp(min=1).unbind()
     ce = ce / tokens
     if terms is None:
         return objective.alpha * ce, {"ce": ce}
     cosine, geometry = terms.cosine / sequences, terms.geometry / sequences
-    by = {"tokens": tokens, "sequences": sequences, "spans": spans}
+    by = {"tokens": told, "sequences": sequences, "spans": spans}
     logit = terms.logit / by[objective.normaliser]
     span = objective.cosine * cosine + objective.gamma * geometry + objective.logit * logit
     parts = {"ce": ce, "cosine": cosine, "geometry": geometry, "logit": logit}

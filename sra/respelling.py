@@ -106,10 +106,15 @@ class Places(NamedTuple):
 
 
 def places(student: Side, teacher: Side, offsets: Tensor, spelt: Trie | None) -> Places:
-    """Those in spans, and what follows the last span of each sequence."""
+    """Those in spans, and what follows a span that no other follows: the end of a turn, or text
+    that no span holds."""
     known = ~(student.first[student.spans[:, 0]] | teacher.first[teacher.spans[:, 0]])
     own, other = student.spans[known], teacher.spans[known]
-    last = offsets[1:][offsets.diff() > 0].to(known.device) - 1
+    alone = student.spans[:-1, 1] != student.spans[1:, 0]
+    alone |= teacher.spans[:-1, 1] != teacher.spans[1:, 0]
+    alone = torch.cat([alone, alone.new_ones(min(len(known), 1))])
+    alone[offsets[1:][offsets.diff() > 0].to(known.device) - 1] = True
+    last = alone.nonzero().flatten()
     ends = Places(student.spans[last, 1] - 1, teacher.spans[last, 1] - 1, torch.zeros_like(last))
     if spelt is None:
         starts = Places(own[:, 0] - 1, other[:, 0] - 1, torch.zeros_like(own[:, 0]))
@@ -213,7 +218,11 @@ def sum_by_chunks(
 ) -> Tensor:
     """Sum of `part` over chunks of `ROWS` states. Their gradients are formed at once, so that
     nothing as wide as a vocabulary outlives its chunk."""
-    return _SumByChunks.apply(part, states, head.weight, head.bias, head)
+    learns = torch.is_grad_enabled()  # which `forward` below cannot ask
+    wanted = [
+        learns and x is not None and x.requires_grad for x in (states, head.weight, head.bias)
+    ]
+    return _SumByChunks.apply(part, states, head.weight, head.bias, head, wanted)
 
 
 class _SumByChunks(torch.autograd.Function):
@@ -225,8 +234,9 @@ class _SumByChunks(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
+        wanted: Sequence[bool],
     ) -> Tensor:
-        inputs, wanted = (states, weight, bias), ctx.needs_input_grad[1:4]
+        inputs = states, weight, bias
         dtype = torch.promote_types(states.dtype, torch.float32)
         total = states.new_zeros((), dtype=dtype)
         grads = [
@@ -259,4 +269,4 @@ class _SumByChunks(torch.autograd.Function):
             None if grad is None else (above * grad).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return None, *grads, None
+        return None, *grads, None, None

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sra.batch import sequence_rows
 from sra.model import Head, causal_lm
 
 
@@ -36,11 +35,15 @@ def side_of(
 ) -> Side:
     """A side of a batch, padded or not, whose states are ``[N, D]``."""
     ids = cast(Tensor, batch["input_ids"])
-    layout = ids, batch.get("attention_mask"), batch.get("position_ids")
-    first = torch.ones(ids.numel(), dtype=torch.bool)
-    for rows in sequence_rows(*layout):
-        first[rows[1:]] = False
-    return Side(hidden, ids.flatten(), first.to(ids.device), spans, head, model)
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None:
+        first = ~mask.bool() | (mask.cumsum(dim=1) == 1)
+    elif positions is not None:
+        first = positions == 0
+    else:
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first[:, 0] = True
+    return Side(hidden, ids.flatten(), first.flatten(), spans, head, model)
 
 
 def rows_of(spans: Tensor) -> tuple[Tensor, Tensor]:

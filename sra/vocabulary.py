@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
+from sra.chat import turn_end_id
 from sra.spelling import Trie, spelt_with
 from sra.token_bytes import BYTE_PIECE, ByteTokenizer, byte_tokenizer
 
@@ -22,7 +24,8 @@ class SharedVocabulary:
             "normalised" pairs tokens that stand for the same bytes, whatever the spelling of word
             starts (`Ġ`, `▁`, a WordPiece entry without `##`) and of bytes (`<0x0A>`); a piece is
             preferred to a byte token of the same byte; control tokens pair only with control tokens
-            of the same name, and the two end-of-sequence tokens pair whatever their names.
+            of the same name, but what ends a turn on both sides pairs whatever its name, and so do
+            the ends of sequences, unless one of them ends turns and has its partner already.
         student_rows, teacher_rows: rows of the models' heads. Ids beyond them are left out. Rows
             beyond the tokenizer (padding of the head) belong to no token and never appear.
 
@@ -52,7 +55,9 @@ class SharedVocabulary:
         self._sides = byte_tokenizer(student_tokenizer), byte_tokenizer(teacher_tokenizer)
         self._rows = student_rows, teacher_rows
         self._match = match
-        shared = _pairs(*self._sides, match, *self._rows)
+        ends = [_ends(student_tokenizer), _ends(teacher_tokenizer)]
+        self._ends = list(zip(*ends, strict=True))
+        shared = self._pairs(match)
         if not shared:
             raise ValueError(
                 f"The vocabularies share no token (match={match!r}; "
@@ -78,7 +83,7 @@ class SharedVocabulary:
         if not self._tries:
             shared = self.student_ids, self.teacher_ids
             if self._match == "raw":
-                same = _pairs(*self._sides, "normalised", *self._rows)
+                same = self._pairs("normalised")
                 ids = torch.tensor(same, dtype=torch.int64).view(-1, 2)
                 shared = ids[:, 0], ids[:, 1]
             self._tries[torch.device("cpu")] = spelt_with(*self._sides, shared, *self._rows)
@@ -87,6 +92,23 @@ class SharedVocabulary:
             moved = {name: x.to(device) for name, x in own._asdict().items() if name != "size"}
             self._tries[device] = own._replace(**moved)
         return self._tries[device]
+
+    def _pairs(self, match: Literal["raw", "normalised"]) -> list[tuple[int, int]]:
+        """(student's id, teacher's id) of each token that both have, ascending."""
+        entries = _by_string if match == "raw" else _by_bytes
+        own, other = (entries(side) for side in self._sides)
+        pairs = {own[key]: other[key] for key in own.keys() & other.keys()}
+        if match == "normalised":
+            for s, t in _first_come(self._ends):
+                pairs = {a: b for a, b in pairs.items() if b != t}
+                pairs[s] = t
+        student_rows, teacher_rows = self._rows
+        return sorted(
+            (s, t)
+            for s, t in pairs.items()
+            if (student_rows is None or s < student_rows)
+            and (teacher_rows is None or t < teacher_rows)
+        )
 
     def __len__(self) -> int:
         return len(self.student_ids)
@@ -116,33 +138,28 @@ def check_heads(vocabulary: SharedVocabulary | None, student_rows: int, teacher_
             )
 
 
-def _pairs(
-    student: ByteTokenizer,
-    teacher: ByteTokenizer,
-    match: Literal["raw", "normalised"],
-    student_rows: int | None,
-    teacher_rows: int | None,
+def _ends(tokenizer: Any) -> tuple[int | None, int | None]:
+    """The tokens that end a turn and a sequence; without a template, one for both."""
+    eos = byte_tokenizer(tokenizer).eos_id
+    return turn_end_id(tokenizer) if hasattr(tokenizer, "chat_template") else eos, eos
+
+
+def _first_come(
+    ends: Sequence[tuple[int | None, int | None]],
 ) -> list[tuple[int, int]]:
-    """(student's id, teacher's id) of each token that both have, ascending."""
-    entries = _by_string if match == "raw" else _by_bytes
-    own: dict[Any, int] = entries(student)
-    other: dict[Any, int] = entries(teacher)
-    pairs = {own[key]: other[key] for key in own.keys() & other.keys()}
-    if match == "normalised" and student.eos_id is not None and teacher.eos_id is not None:
-        pairs = {s: t for s, t in pairs.items() if t != teacher.eos_id}
-        pairs[student.eos_id] = teacher.eos_id
-    return sorted(
-        (s, t)
-        for s, t in pairs.items()
-        if (student_rows is None or s < student_rows) and (teacher_rows is None or t < teacher_rows)
-    )
+    """Pairs of which none has a token of one before it."""
+    found: dict[int, int] = {}
+    for s, t in ends:
+        if s is not None and t is not None and s not in found and t not in found.values():
+            found[s] = t
+    return list(found.items())
 
 
-def _by_string(tokenizer: ByteTokenizer) -> dict[str, int]:
+def _by_string(tokenizer: ByteTokenizer) -> dict[Any, int]:
     return tokenizer.backend.get_vocab(with_added_tokens=True)
 
 
-def _by_bytes(tokenizer: ByteTokenizer) -> dict[tuple[bool, bytes, int], int]:
+def _by_bytes(tokenizer: ByteTokenizer) -> dict[Any, int]:
     """(is a control token, bytes, n) -> id of the n-th entry that spells them, byte tokens last."""
     model = tokenizer.backend.model
     continuation = getattr(model, "continuing_subword_prefix", None) or ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sra.chat import render_prompt
+from sra.chat import render_prompt, turn_end_id
 from sra.model import causal_lm
 from sra.token_bytes import clean_text
 
@@ -249,7 +249,9 @@ def _generate(
 
 
 def _end_ids(tokenizer: Any, config: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those that the model was trained with."""
+    """The tokens that end an answer: the tokenizer's, its template's, and those that the model was
+    trained with."""
     listed = config.eos_token_id if config is not None else None
     listed = listed if isinstance(listed, list) else [listed]
-    return sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
+    ends = tokenizer.eos_token_id, turn_end_id(tokenizer), *listed
+    return sorted({i for i in ends if i is not None})

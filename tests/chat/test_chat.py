@@ -269,8 +269,9 @@ def test_a_completion_stands_behind_the_prompt(kind):
     for chat_template in (True, False):
         rendering = render(tok, row, chat_template=chat_template)
         prompt = render_prompt(tok, "Say it.", chat_template=chat_template)
-        assert rendering.text == f"{prompt}it{tok.eos_token}"
-        assert spoken(rendering) == [("it", tok.eos_token)]
+        end = END[kind] if chat_template and tok.chat_template else tok.eos_token
+        assert rendering.text == f"{prompt}it{end}"
+        assert spoken(rendering) == [("it", end)]
         assert rendering.pieces == (("it", ((0, 2, len(prompt)),)),)
 
 

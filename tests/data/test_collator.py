@@ -45,6 +45,7 @@ def test_shapes_and_dtypes(batch):
         "student_spans": (spans, 2),
         "teacher_spans": (spans, 2),
         "span_offsets": (rows + 1,),
+        "labelled": (rows,),
     }
     for name, x in (batch | teacher).items():
         if name != "teachers":

@@ -148,11 +148,12 @@ def test_micro_batches_give_the_gradient_of_the_whole(batch, objective, parts):
 def test_counts():
     batch = tiny.collator()(tiny.ROWS[:3])
     tokens = int((batch["labels"] != -100).sum())
-    assert count_items([batch]).tolist() == [tokens, 3, len(batch["teachers"][0]["student_spans"])]
-    assert count_items([batch, batch]).tolist() == [
-        2 * tokens, 6, 2 * len(batch["teachers"][0]["student_spans"])
-    ]  # fmt: skip
-    assert count_items([]).tolist() == [0, 0, 0]
+    spans = len(batch["teachers"][0]["student_spans"])
+    assert count_items([batch]).tolist() == [tokens, 3, spans, tokens]
+    assert count_items([batch, batch]).tolist() == [2 * tokens, 6, 2 * spans, 2 * tokens]
+    twice = {**batch, "teachers": batch["teachers"] * 2}
+    assert count_items([twice]).tolist() == [tokens, 6, 2 * spans, 2 * tokens]
+    assert count_items([]).tolist() == [0, 0, 0, 0]
 
 
 def test_num_items_in_batch_in_every_form(batch):

@@ -241,6 +241,32 @@ def test_one_micro_batch_counts_for_itself(small):
 
 
 @pytest.mark.parametrize("name", ["paper", "boundary", "respell"])
+@pytest.mark.parametrize("padding", ["right", "left", "free"])
+def test_a_teacher_that_teaches_twice_weighs_once(small, name, padding):
+    """Two teachers that are one: every term is a mean over them. And of rows of their own."""
+    pair, _ = small
+    both = pair.distiller(recipe(name))
+    options = {"max_length": pair.collator.max_length, "padding": padding}
+    one = SpanCollator(pair.collator.aligner, **options)(pair.rows)
+    aligners = [pair.collator.aligner] * 2
+    collator = SpanCollator(aligners, **options)
+    twin = SpanDistiller(
+        both.student, [pair.teacher] * 2, recipe(name), vocabulary=[*both.vocabularies] * 2
+    )
+    twin.projectors.load_state_dict(
+        {f"{i}.weight": layer.weight for i, layer in enumerate([*both.projectors] * 2)}
+    )
+    with torch.no_grad():
+        want = both(**one)
+        got = twin(**collator(pair.rows))
+        for term in ("loss", "ce", "cosine", "geometry", "logit"):
+            assert getattr(got, term).item() == pytest.approx(getattr(want, term).item(), rel=1e-12)
+        halves = [{**row, "teacher": str(i % 2)} for i, row in enumerate(pair.rows)]
+        got = twin(**collator(halves))
+        assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["paper", "boundary", "respell"])
 def test_a_long_neighbour_changes_nothing(small, name):
     """One row's terms alone, and as their share of a batch that a long row pads out: 1e-12."""
     pair, _ = small

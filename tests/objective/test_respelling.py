@@ -123,6 +123,33 @@ def test_the_places():
     assert (found.nodes > 0).tolist() == [False, True, False, False, True, False]
 
 
+def test_what_follows_a_span_that_no_other_follows_has_a_place():
+    """Of a conversation: the end of each turn, and of the last."""
+    student, teacher, _ = sides(["ab", "d", "abc", "dd"])
+    whole = places(student, teacher, torch.tensor([0, 4]), TREE)
+    gap = torch.tensor([0, 1, 3])  # the third span is a question
+    one, other = (side._replace(spans=side.spans[gap]) for side in (student, teacher))
+    found = places(one, other, torch.tensor([0, 3]), TREE)
+    lost = range(student.spans[2, 0], student.spans[2, 1] - 1)  # inside the question
+    assert found.rows.tolist() == [row for row in whole.rows.tolist() if row not in lost]
+    assert student.spans[1, 1] - 1 in found.rows
+    # Two rows without padding: the second begins where the first ends.
+    both = places(student, teacher, torch.tensor([0, 2, 4]), TREE)
+    assert both.rows.tolist() == sorted([*whole.rows.tolist(), int(student.spans[1, 1]) - 1])
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_no_gradient_is_formed_where_none_is_asked_for(mode, monkeypatch):
+    student, teacher, offsets = sides(WORDS)
+    learning = student._replace(head=Head(student.head.weight.clone().requires_grad_()))
+    want, _ = respelled_kl(learning, teacher, offsets, TREE, 2.0)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("formed"))
+    with mode():
+        got, _ = respelled_kl(learning, teacher, offsets, TREE, 2.0)
+    assert got == want
+    assert not got.requires_grad
+
+
 def test_no_place_where_the_student_spells_otherwise():
     """Its token may reach beyond the teacher's, whose probability says little of it then: there
     the token itself is the target."""

@@ -99,6 +99,53 @@ def test_end_of_sequence_tokens_pair() -> None:
     assert student.eos_token_id not in raw.student_ids.tolist()
 
 
+def chat(end: str, eos: str) -> PreTrainedTokenizerFast:
+    """A base model's tokenizer has another end of sequence than its template has of turns."""
+    names = ["a", "b", "<|endoftext|>", "<|im_end|>", "<end_of_turn>", "</s>"]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
+    inner.add_special_tokens(names[2:])
+    template = "{% for m in messages %}{{ m.role + ' ' + m.content + '" + end + "' }}{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=eos, chat_template=template if end else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "want"),
+    [
+        # Of one family, base and instructed: each token has its namesake.
+        (
+            ("<|im_end|>", "<|endoftext|>"), ("<|im_end|>", "<|im_end|>"),
+            {"<|im_end|>": "<|im_end|>", "<|endoftext|>": "<|endoftext|>", "</s>": "</s>"},
+        ),
+        # Turns that end in other tokens; the teacher's namesake is nobody's then.
+        (
+            ("<end_of_turn>", "</s>"), ("<|im_end|>", "<|im_end|>"),
+            {"<end_of_turn>": "<|im_end|>", "</s>": "</s>", "<|im_end|>": None},
+        ),
+        (
+            ("<end_of_turn>", "</s>"), ("<|im_end|>", "<|endoftext|>"),
+            {"<end_of_turn>": "<|im_end|>", "</s>": "<|endoftext|>", "<|endoftext|>": None},
+        ),
+        # Without a template, rows end in the end of a sequence.
+        (("", "</s>"), ("<|im_end|>", "<|endoftext|>"), {"</s>": "<|im_end|>"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("match", ["normalised", "raw"])
+def test_the_ends_of_turns_pair(student, teacher, want, match) -> None:
+    own, other = chat(*student), chat(*teacher)
+    shared = SharedVocabulary(own, other, match=match)
+    if match == "normalised":
+        pairs = dict(zip(shared.student_ids.tolist(), shared.teacher_ids.tolist(), strict=True))
+    else:  # its spellings are by bytes all the same
+        tree = shared.trie(torch.device("cpu"))
+        pairs = {s: t for t, s in enumerate(tree.begins.tolist()) if s >= 0}
+    assert len(set(pairs.values())) == len(pairs)
+    ids = own.convert_tokens_to_ids
+    found = {name: pairs.get(ids(name)) for name in want}
+    assert found == {s: None if t is None else ids(t) for s, t in want.items()}
+
+
 @pytest.mark.models
 def test_rows_of_the_heads() -> None:
     pair = byte_tokenizer("gpt2"), byte_tokenizer("qwen")
