@@ -117,6 +117,10 @@ def table(results: dict[str, Any], model: str, teacher: str | None) -> str:
     if "bits_per_byte" in results:
         values = [results["bits_per_byte"], results.get("teacher_bits_per_byte")]
         lines.append(["bits per byte", *(f"{x:.4f}" for x in values if x is not None)])
+    if results.get("bytes") != results.get("teacher_bytes"):  # long rows are cut where each ends
+        lines.append(
+            ["... of so many bytes", *(f"{results[x]:,}" for x in ("bytes", "teacher_bytes"))]
+        )
     if "agreement" in results:
         lines.append(["agreement after a span", f"{results['agreement']:.1%}"])
     if "rouge_l" in results:

@@ -89,6 +89,18 @@ def bits_per_byte(
     return nats / math.log(2) / sum(row.num_bytes for row in scored)
 
 
+def scored_bytes(
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    max_length: int = 512,
+    chat_template: bool = True,
+) -> int:
+    """The bytes that `bits_per_byte` divides by: fewer for a model that needs more tokens, where
+    rows are longer than ``max_length``."""
+    return sum(_tokenise(tokenizer, row, max_length, chat_template).num_bytes for row in rows)
+
+
 def _tokenise(
     tokenizer: Any, row: Mapping[str, Any], max_length: int, chat_template: bool
 ) -> ScoredRow:

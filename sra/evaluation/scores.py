@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sra.data import clean_row, parsed_lines
-from sra.evaluation.likelihood import bits_per_byte
+from sra.evaluation.likelihood import bits_per_byte, scored_bytes
 from sra.evaluation.rouge import SEEDS, Answer, Question, answer
 from sra.evaluation.span_comparison import span_agreement
 from sra.token_bytes import clean_text
@@ -105,9 +105,10 @@ def evaluate(
         log: called with a line of text before each measurement.
 
     Returns:
-        ``{"rows": n, "settings": {...}, "bits_per_byte": x, "teacher_bits_per_byte": x,
-        "agreement": share, "rouge_l": {"mean": x, "std": x, "seeds": {"10": x, ...}}}``, with what
-        was asked for. ROUGE-L is F1 × 100, its std over seeds.
+        ``{"rows": n, "settings": {...}, "bits_per_byte": x, "teacher_bits_per_byte": x, "bytes": n,
+        "teacher_bytes": n, "agreement": share, "rouge_l": {"mean": x, "std": x, "seeds": {"10": x,
+        ...}}}``, with what was asked for. Bytes are `scored_bytes` of both; ROUGE-L is F1 × 100,
+        its std over seeds.
 
     Raises:
         ValueError: an unknown metric, agreement without a teacher, or an output folder that holds
@@ -155,6 +156,9 @@ def evaluate(
         keep("bits_per_byte", partial(bits, model, tokenizer))
         if teacher is not None:
             keep("teacher_bits_per_byte", partial(bits, teacher.model, teacher.tokenizer))
+            cut = {"max_length": max_length, "chat_template": chat_template}
+            results["bytes"] = scored_bytes(tokenizer, plain, **cut)
+            results["teacher_bytes"] = scored_bytes(teacher.tokenizer, plain, **cut)
     if "agreement" in metrics and teacher is not None:
         keep("agreement", partial(agreement, teacher))
     if questions:

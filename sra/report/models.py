@@ -11,7 +11,7 @@ import torch
 
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
-from sra.evaluation.likelihood import bits_per_byte
+from sra.evaluation.likelihood import bits_per_byte, scored_bytes
 from sra.evaluation.span_comparison import ComparedRow, agreement_of, compare_spans
 from sra.model import head_rows
 from sra.packages import load_model, load_tokenizer
@@ -120,6 +120,13 @@ def measure(
             spans = [bits for row in compared for bits in row.divergence]
             figures[side]["agreement"] = agreement_of(compared)
             figures[side]["divergence"] = sum(spans) / len(spans)
+    if reference is not None:
+        read = [scored_bytes(one, rows, max_length=length) for one in (reference[1], student[1])]
+        if read[0] != read[1]:
+            missing.append(
+                f"The ends of long rows: of texts beyond {length} tokens, the teacher's figures "
+                f"are of {read[0]:,} bytes in all and the student's of {read[1]:,}."
+            )
     report.figures = figures
     report.source = f"Measured by this report on {len(rows):,} rows of {data}."
     if reference is not None and len(rows) > SHOWN_ROWS:

@@ -174,6 +174,9 @@ def test_the_command(tmp_path, capsys):
     assert f"{results['bits_per_byte']:.4f}" in shown
     assert f"{results['teacher_bits_per_byte']:.4f}" in shown
     assert f"{results['agreement']:.1%}" in shown
+    assert "of so many bytes" not in shown
+    assert run(*argv, "--max-length", 30) == 0  # cuts the texts of each in another place
+    assert "of so many bytes" in capsys.readouterr().out
     # The weights change: what was measured of the old ones is not taken for theirs.
     tiny.student_model(seed=9).save_pretrained(student)
     with pytest.raises(ValueError, match=r"other settings \(weights"):
