@@ -26,8 +26,7 @@ if BUILD not in DEMANDED:
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
 # Binaries for A100, H100 and B200 (each serves its whole generation), PTX for what comes after.
-CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"]
-CUDA_TARGETS += ["arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100"]
+CUDA_TARGETS = (80, 90, 100)
 CUDA_FLAGS = ["-O3", "-std=c++17", "--shared", "--threads", "2", "-Xcompiler", "-fPIC"]
 
 
@@ -39,6 +38,16 @@ def find_nvcc():
     return shutil.which("nvcc") or shutil.which(
         "nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes)
     )
+
+
+def generated(nvcc):
+    """The flags for those targets that this nvcc knows: the last needs CUDA 12.8."""
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], check=True, stdout=subprocess.PIPE)
+    known = [n for n in CUDA_TARGETS if f"compute_{n}" in listing.stdout.decode().split()]
+    if not known:
+        raise RuntimeError(f"{nvcc} knows no GPU of {CUDA_TARGETS}")
+    codes = [(n, f"sm_{n}") for n in known] + [(known[-1], f"compute_{known[-1]}")]
+    return [flag for n, code in codes for flag in ("-gencode", f"arch=compute_{n},code={code}")]
 
 
 class BuildPlainLibraries(build_ext):
@@ -70,10 +79,9 @@ class BuildPlainLibraries(build_ext):
         if target.exists() and target.stat().st_mtime > newest([*ext.sources, *ext.depends]):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        generated = [flag for t in CUDA_TARGETS for flag in ("-gencode", t)]
         include = [f"-I{folder}" for folder in ext.include_dirs]
         subprocess.run(
-            [nvcc, *CUDA_FLAGS, *generated, *include, *ext.sources, "-o", target], check=True
+            [nvcc, *CUDA_FLAGS, *generated(nvcc), *include, *ext.sources, "-o", target], check=True
         )
 
     def copy_extensions_to_source(self):

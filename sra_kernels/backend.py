@@ -20,6 +20,8 @@ from sra_kernels import interpreter, native
 NAMES = ("auto", "cpu", "torch", "triton", "cuda", "interpreter", "reference")
 VARIABLE = "SRA_KERNELS_BACKEND"
 
+OLDEST = 8, 0  # compute capability: before it there is too little shared memory for the tiles
+
 # In each op's folder, the module that holds a backend. Each has a `plan` for `explain`.
 MODULES = {
     "cpu": "cpu",
@@ -97,7 +99,7 @@ def missing(name: str) -> str:
     if name == "triton":
         return _no_triton() or _no_gpu()
     if name == "cuda":
-        return native.cuda_problem or ("" if native.emulated else _no_gpu())
+        return native.cuda_problem or ("" if native.emulated else _no_gpu() or _no_code())
     return _no_triton() if name == "interpreter" else ""
 
 
@@ -109,7 +111,24 @@ def _no_triton() -> str:
 
 @functools.cache
 def _no_gpu() -> str:
-    return "" if torch.cuda.is_available() else "torch sees no GPU on this machine"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU on this machine"
+    # AMD's count otherwise.
+    capability = OLDEST if torch.version.hip else torch.cuda.get_device_capability()
+    if capability >= OLDEST:
+        return ""
+    found, needed = (".".join(map(str, x)) for x in (capability, OLDEST))
+    name = torch.cuda.get_device_name()
+    return f"{name} has compute capability {found}, and the kernels need {needed}"
+
+
+@functools.cache
+def _no_code() -> str:
+    said = native.cuda_runs()
+    return said and (
+        f"_cuda.so holds no code that this GPU and its driver run ({said}). Run `pip install .` "
+        "again with a CUDA toolkit that knows both"
+    )
 
 
 def select(op: str, device: torch.device) -> tuple[str, str]:

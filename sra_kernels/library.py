@@ -50,6 +50,16 @@ SCHEMAS = {
 # What only the Triton kernels can do.
 TRITON_ALONE = {"linear_span_kl_tiles": "linear_span_kl(preset='tiles')"}
 
+# What remembers tables of ids from call to call (span_kl/tables.py). Made inside the memory pool of
+# a CUDA graph they would keep it from being used again, so torch.compile captures around these.
+REMEMBER = {
+    "span_kl_forward",
+    "span_kl_backward",
+    "linear_span_kl_forward",
+    "linear_span_kl_backward",
+    "linear_span_kl_restore",
+}
+
 _library = torch.library.Library("sra_kernels", "DEF")
 ops = torch.ops.sra_kernels
 
@@ -65,7 +75,9 @@ def _implementation(op: str, function: str) -> Callable[..., Any]:
             )
         module = importlib.import_module(f"sra_kernels.{op}.{backend.MODULES[name]}")
         # Kernels are launched on the current device, which need not be that of the tensors.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        # Each op says itself what it multiplies in: autocast would round some products, not all.
+        with on_device, torch._C._DisableAutocast():
             return getattr(module, function)(*args)
 
     return run
@@ -95,7 +107,8 @@ def op_of(function: str) -> str:
 def _register() -> None:
     for function, schema in SCHEMAS.items():
         op = op_of(function)
-        _library.define(function + schema)
+        tags = (torch.Tag.cudagraph_unsafe,) if function in REMEMBER else ()
+        _library.define(function + schema, tags=tags)
         _library.impl(function, _implementation(op, function), "CompositeExplicitAutograd")
         _library.impl(function, _guard(op, function), "Autograd")
         fake = importlib.import_module(f"sra_kernels.{op}.fake")

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-ABI = 4
+ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 OK, LAUNCH_FAILED = 0, 6
 # Other builds of csrc/cpu and csrc/cuda: with a sanitizer, say, or the CUDA kernels on a CPU.
@@ -28,8 +28,9 @@ def _load(name: str, variable: str, version: str) -> tuple[ctypes.CDLL | None, s
     if not path.exists():
         compiler = "g++" if name == "_cpu.so" else "the CUDA toolkit (nvcc)"
         return None, (
-            f"{path.name} was not built: there was no {COMPILERS[name]} at install, or "
-            f"SRA_KERNELS_BUILD left it out. Install {compiler} and run `pip install .` again."
+            f"{path.name} was not built: there was no {COMPILERS[name]} at install, or it failed, "
+            f"or SRA_KERNELS_BUILD left it out. Install {compiler} and run `pip install .` again, "
+            f"with SRA_KERNELS_BUILD={name[1:-3]} to see why it fails."
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -55,6 +56,18 @@ def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+def cuda_runs() -> str:
+    """What the driver says against running the CUDA library on the current GPU; "" for nothing."""
+    assert cuda is not None
+    return "" if cuda.sra_cuda_runs() == OK else _cuda_error()
+
+
+def _cuda_error() -> str:
+    assert cuda is not None
+    cuda.sra_cuda_error.restype = ctypes.c_char_p
+    return cuda.sra_cuda_error().decode()
+
+
 def cpu_call(function: str, params: ctypes.Structure) -> int:
     """Runs sra_<function>(params); gives its status."""
     assert cpu is not None
@@ -77,8 +90,7 @@ def cuda_call(function: str, params: ctypes.Structure, like: Tensor, *more: int 
         ctypes.byref(params), *(ctypes.c_void_p(x) for x in pointers)
     )
     if status == LAUNCH_FAILED:
-        cuda.sra_cuda_error.restype = ctypes.c_char_p
-        raise RuntimeError(f"{function} did not start: {cuda.sra_cuda_error().decode()}.")
+        raise RuntimeError(f"{function} did not start: {_cuda_error()}.")
     if status != OK:
         raise RuntimeError(f"{function} refused its arguments with status {status}.")
 

@@ -65,6 +65,7 @@ def span_com(dtype: torch.dtype) -> dict[str, Case]:
         "overlapping": case(ragged_spans([5, 5, 5, 9], gap=-3), 513, weighted=False),
         "one long span": case(ragged_spans([2, 3000, 1]), 72),
         "wide rows": case(ragged_spans([1, 2, 3]), 60_001),
+        "one long span, odd": case(ragged_spans([2, 200, 1]), 37),
     }
 
 

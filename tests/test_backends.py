@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sra_kernels
-from sra_kernels import backend, backends, use_backend
+from sra_kernels import backend, backends, native, use_backend
+from tests import every_op
 
 ROOT = Path(__file__).parents[1]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -63,6 +64,59 @@ def test_on_a_gpu_triton_is_the_default_and_torch_where_it_cannot(monkeypatch):
     monkeypatch.setattr(backend, "missing", lambda name: "Triton is not installed")
     assert backend.select("span_com", gpu) == ("torch", "Triton is not installed")
     assert backend.select("span_com", torch.device("mps"))[0] == "torch"
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """a_gpu(capability): this machine has one, with the CUDA library and Triton."""
+    for cached in (backend._no_gpu, backend._no_code):
+        monkeypatch.setattr(backend, cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(backend, "_no_triton", lambda: "")
+    for name, value in (("cuda_problem", ""), ("emulated", False), ("cuda_runs", lambda: "")):
+        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    return lambda *found: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found)
+
+
+def test_a_gpu_without_the_shared_memory_gets_torch_and_hears_why(a_gpu, monkeypatch):
+    gpu = torch.device("cuda")
+    a_gpu(7, 5)
+    name, why = backend.select("span_com", gpu)
+    assert name == "torch"
+    assert why == "Tesla T4 has compute capability 7.5, and the kernels need 8.0"
+    assert not backends()["triton"].available
+    assert not backends()["cuda"].available
+    with use_backend("triton"), pytest.raises(RuntimeError, match="Tesla T4 has compute"):
+        backend.select("span_com", gpu)
+    a_gpu(8, 0)
+    assert backend.select("span_com", gpu)[0] == "triton"
+    a_gpu(6, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backend.select("span_com", gpu)[0] == "triton"
+
+
+def test_a_cuda_library_without_code_for_the_gpu_says_so(a_gpu, monkeypatch):
+    a_gpu(12, 0)
+    assert backends()["cuda"].available
+    monkeypatch.setattr(native, "cuda_runs", lambda: "no kernel image is available")
+    assert "_cuda.so holds no code" in backends()["cuda"].reason
+    assert "(no kernel image is available)" in backends()["cuda"].reason
+    assert backends()["triton"].available
+
+
+@pytest.mark.parametrize("op", every_op.CASES)
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_autocast_changes_no_bit(op, name):
+    if not backends()[name].available:
+        pytest.skip(backends()[name].reason)
+    with use_backend(name):
+        for case_name, case in every_op.cases(op, torch.float32).items():
+            plain = every_op.outputs(op, case)
+            with torch.autocast("cpu", torch.bfloat16):
+                under = every_op.outputs(op, case)
+            for a, b in zip(under, plain, strict=True):
+                assert torch.equal(a, b), case_name
 
 
 def python(code, **environment):

@@ -94,6 +94,26 @@ def test_without_nvcc_the_cuda_library_is_left_out_and_one_line_says_so(source):
         ]
 
 
+OLD_NVCC = """#!/bin/sh
+[ "$1" = --list-gpu-arch ] && { echo compute_70; echo compute_80; echo compute_90; exit; }
+echo "$@"
+for last; do :; done
+touch "$last"
+"""
+
+
+def test_an_older_nvcc_compiles_for_the_gpus_that_it_knows(source):
+    nvcc = source / "nvcc"
+    nvcc.write_text(OLD_NVCC)
+    nvcc.chmod(0o755)
+    done = build(source, **NO_COMPILER, NVCC=str(nvcc))
+    assert libraries(source) == ["_cuda.so"]
+    assert (
+        " -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90"
+        " -gencode arch=compute_90,code=compute_90 -I"
+    ) in done.stdout
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 def test_with_nvcc_the_cuda_library_is_built_and_wants_nothing_but_a_gpu():
     status = backends()["cuda"]

@@ -26,6 +26,7 @@ def on(monkeypatch, tmp_path):
     def use(architecture):
         monkeypatch.setattr(tuning, "architecture", lambda device: architecture)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: architecture)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr("triton.testing.do_bench", lambda f, **_: f())
 
         def launch(config):
@@ -48,6 +49,24 @@ def test_an_architecture_may_have_its_own(on):
     launch, _ = on("sm_90")
     assert chosen("kernel", CONFIGS, "many", GPU, launch) is WIDE
     assert chosen("kernel", CONFIGS, "few", GPU, launch) is SMALL
+
+
+@pytest.mark.parametrize(
+    ("architecture", "wanted"),
+    [
+        ("sm_80", LARGE),
+        ("sm_86", LARGE),
+        ("sm_89", WIDE),
+        ("sm_120", LARGE),
+        ("sm_90", SMALL),
+        ("sm_100", SMALL),
+        ("gfx942", SMALL),
+    ],
+)
+def test_its_own_goes_before_that_of_its_kind(on, architecture, wanted):
+    launch, _ = on(architecture)
+    configs = {"few": (SMALL,), "few@sm_80": (LARGE,), "few@sm_89": (WIDE,)}
+    assert chosen("kernel", configs, "few", GPU, launch) is wanted
 
 
 def test_what_a_launch_gets():
@@ -80,6 +99,28 @@ def test_tuning_tries_again_where_what_it_remembers_is_no_candidate_any_more(
         tuning._found.clear()
         assert chosen("kernel", CONFIGS, "few", GPU, launch) is LARGE
         assert ran == [SMALL, LARGE]
+
+
+def test_a_candidate_that_does_not_fit_is_passed_over(on, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    launch, _ = on("sm_80")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+
+    def limited(config):
+        if config is LARGE:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        return launch(config)
+
+    assert chosen("kernel", CONFIGS, "few", GPU, limited) is SMALL
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(on, monkeypatch):
+    launch, ran = on("sm_80")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert chosen("kernel", CONFIGS, "few", GPU, launch) is SMALL
+    assert ran == []
 
 
 def test_a_launch_that_cannot_be_repeated_is_not_tried(on, monkeypatch):

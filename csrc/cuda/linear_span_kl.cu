@@ -59,6 +59,15 @@ int restore(const sra_head_rows& p, const void* factor, int32_t* at, void* strea
 }  // namespace
 }  // namespace sra
 
+// Any kernel tells: all are compiled for the same GPUs.
+int sra_cuda_runs(void) {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, sra::no_rows);
+#endif
+  return sra::launch_status();
+}
+
 int64_t sra_cuda_linear_span_kl_workspace(const sra_head_rows* p) {
   return p->entries * int64_t(sizeof(int32_t));
 }

@@ -238,11 +238,11 @@ struct Workspace {
 
   Workspace(const sra_span_com& p, void* begin) {
     const int64_t chunks = p.com || p.grad_weights ? chunks_of(p) : 0;
-    const int64_t centres_size = p.grad_weights ? p.count * p.dim : 0;
+    // An even number, and two masses to a chunk: so the heads are aligned to 8.
+    const int64_t centres_size = p.grad_weights ? (p.count * p.dim + 1) / 2 * 2 : 0;
     centres = static_cast<A*>(begin);
     pieces.com = centres + centres_size;
     pieces.mass = pieces.com + 2 * chunks * p.dim;
-    // Two masses to a chunk: what follows them is aligned to 8.
     pieces.heads = reinterpret_cast<int64_t*>(pieces.mass + 2 * chunks);
     pieces.chunks = chunks;
     bytes = reinterpret_cast<char*>(pieces.heads + chunks) - static_cast<char*>(begin);

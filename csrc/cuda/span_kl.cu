@@ -110,7 +110,8 @@ int run(Call<A> call, void* stream) {
     const int64_t tiles = (p.student_entries + threads * kHold - 1) / (threads * kHold);
     call.staged = int(std::min(tiles, room / (threads * held)) * threads * kHold);
     bytes = call.staged / kHold * held;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    // All that there is, not `bytes`: another thread may be about to launch a longer row.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(room));
   }
   launch(kernel, grid, threads, size_t(bytes), stream)(call, kRead | kCompare | kFinish);
   return launch_status();

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SRA_KERNELS_ABI 4
+#define SRA_KERNELS_ABI 5
 
 #define SRA_SPAN_KL_STATS 16 /* sums over a row that spare the backward a sweep; 0: not known */
 
@@ -129,7 +129,8 @@ void sra_prefer_huge_pages(void* begin, int64_t bytes); /* advice, before a larg
  * to 64. Contents are not checked: of bad spans or weights come NaNs. `threads` is not read. */
 int sra_cuda_abi(void);
 int sra_cuda_emulated(void);      /* 1 in the CPU emulation of the tests */
-const char* sra_cuda_error(void); /* of this thread's last launch that failed */
+int sra_cuda_runs(void);          /* SRA_OK if the current GPU and its driver can run the kernels */
+const char* sra_cuda_error(void); /* of this thread's last launch that failed, or sra_cuda_runs */
 int64_t sra_cuda_span_com_workspace(const sra_span_com* p);
 int sra_cuda_span_com_forward(const sra_span_com* p, void* workspace, void* stream);
 int sra_cuda_span_com_backward(const sra_span_com* p, void* workspace, void* stream);

@@ -29,9 +29,14 @@ class Sizes(NamedTuple):
     chunk_bytes: int  # a chunk's logits of both sides, at least
     rows: int  # a chunk's spans, at least
     piece_bytes: int  # the part of a head that is gathered, or cast, at a time
+    align: int  # entries: rows of logits, and pieces of them, begin at multiples, for wide accesses
+
+    def columns(self, entries: int) -> int:
+        """From one row of logits to the next."""
+        return -(-entries // self.align) * self.align
 
 
-SIZES = {"cpu": Sizes(64 << 20, 64, 4 << 20), "cuda": Sizes(1 << 30, 1024, 256 << 20)}
+SIZES = {"cpu": Sizes(64 << 20, 64, 4 << 20, 1), "cuda": Sizes(1 << 30, 1024, 256 << 20, 64)}
 RESTORED_BYTES = 2 << 20  # the part of a head's gradient that is put in place at a time
 
 
@@ -58,8 +63,9 @@ class Side(NamedTuple):
         small: on a CPU it stays in the cache. All at once where the head serves as it is."""
         step = self.entries
         if self.ids is not None or self.head.dtype != self.dtype:
-            room = sizes(self.head.device).piece_bytes
-            step = max(1, room // (self.head.shape[1] * self.dtype.itemsize))
+            size = sizes(self.head.device)
+            step = size.piece_bytes // (self.head.shape[1] * self.dtype.itemsize)
+            step = max(1, step - step % size.align)
         return [slice(i, i + step) for i in range(0, self.entries, step)]
 
     def rows(self, of: Tensor, piece: slice) -> Tensor:
@@ -69,8 +75,9 @@ class Side(NamedTuple):
 
     def buffer(self, rows: int) -> Tensor:
         """Room for the logits of so many spans; used for one chunk after another."""
-        room = self.hidden.new_empty(rows, self.entries, dtype=self.dtype)
-        return native.prefer_huge_pages(room)
+        columns = sizes(self.hidden.device).columns(self.entries)
+        room = self.hidden.new_empty(rows, columns, dtype=self.dtype)
+        return native.prefer_huge_pages(room)[:, : self.entries]
 
     def logits(self, rows: slice, room: Tensor) -> Tensor:
         hidden = self.hidden[rows].to(self.dtype)
@@ -294,7 +301,8 @@ def plan_with(
         whole = entries * head.shape[1]
         pieces = max(pieces, copies * min(whole, sizes(head.device).piece_bytes // size))
     results = 2 * wide * len(student) + student.numel() * saved * student.requires_grad
-    logits = rows * (ours * product + theirs * theirs_product)
+    columns = sizes(student_head.device).columns
+    logits = rows * (columns(ours) * product + columns(theirs) * theirs_product)
     working = logits + comparing(rows, ours, theirs, student, direction, outside)
     entries = ours * student.shape[1] * learns
     temporary = entries * max(saved if saved < wide else 0, product if product < wide else 0)

@@ -27,7 +27,7 @@ def linear_span_kl_backward(*args: Any) -> tuple[Tensor, ...]:
 def linear_span_kl_restore(
     grad: Tensor, factor: Tensor | None, ids: Tensor, entries: int, dtype: torch.dtype
 ) -> Tensor:
-    grad, ids = grad.contiguous(), ids.contiguous()
+    grad, ids = grad.contiguous(), ids.long().contiguous()
     head = grad.new_empty((entries, grad.shape[1]), dtype=dtype)
     params = HeadRows(
         rows=address(grad),

@@ -10,7 +10,7 @@ from torch import Tensor
 from sra_kernels import check
 from sra_kernels.linear_span_kl import chunks
 from sra_kernels.linear_span_kl.chunks import RESTORED_BYTES, Chunk, Objective, Side
-from sra_kernels.span_kl.portable import block_bytes, block_rows, compare
+from sra_kernels.span_kl.portable import block_bytes, block_rows, compare, long
 
 
 def linear_span_kl_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -26,6 +26,7 @@ def linear_span_kl_restore(
     grad: Tensor, factor: Tensor | None, ids: Tensor, entries: int, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of a whole head: `grad` times the factor in the rows `ids`, zeros elsewhere."""
+    ids = ids.long()
     whole = grad.new_zeros((entries, grad.shape[1]), dtype=dtype)
     # A piece at a time: a scaled copy of all would be one more buffer of the head's size.
     step = max(1, RESTORED_BYTES // max(1, grad.shape[1] * grad.element_size()))
@@ -41,6 +42,7 @@ def compare_chunk(
 ) -> None:
     """Fills the chunk's kl and mass; its student logits become their gradient, if needed."""
     temperature, direction, beta, outside, student_ids, teacher_ids = objective
+    student_ids, teacher_ids = long(student_ids), long(teacher_ids)
     step = block_rows(max(chunk.student.shape[1], chunk.teacher.shape[1]), chunk.student.device)
     for start in range(0, len(chunk.student), step):
         rows = slice(start, start + step)

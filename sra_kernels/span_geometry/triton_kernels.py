@@ -182,6 +182,27 @@ def whole_sample(
             tl.store(at, along.to(grad.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def unordered(offsets, samples):
+    """Whether any offset is below the one before it: then tile_of finds the wrong samples."""
+    found = tl.zeros((), tl.int32)
+    for start in range(0, samples, SEARCH):
+        b = start + tl.arange(0, SEARCH)
+        begin = tl.load(offsets + b, mask=b < samples, other=0)
+        end = tl.load(offsets + b + 1, mask=b < samples, other=0)
+        found += tl.sum((end < begin).to(tl.int32), 0)
+    return found > 0
+
+
+@triton.jit
+def give_nan(grad, dim, first, last):
+    """To all rows from `first` to `last`."""
+    end = last.to(tl.int64) * dim
+    for start in range(first.to(tl.int64) * dim, end, WEIGHTS):
+        at = start + tl.arange(0, WEIGHTS)
+        tl.store(grad + at, float("nan"), mask=at < end)
+
+
 @triton.jit(do_not_specialize=["spans", "samples"])
 def samples_kernel(
     student, teacher, weights, offsets, lengths,
@@ -195,9 +216,13 @@ def samples_kernel(
     begin, end = tl.load(offsets + sample), tl.load(offsets + sample + 1)
     bad = (begin < 0) | (end < begin) | (end > spans)
     bad |= ((sample == 0) & (begin != 0)) | ((sample == samples - 1) & (end != spans))
-    if bad:
+    if bad:  # no partition: what would stay unwritten is marked too
         tl.store(loss + sample, float("nan"))
         tl.store(stats + samples + sample, float("nan"))
+        if NEED_GRAD:
+            first = tl.where(sample == 0, 0, tl.maximum(begin, 0))
+            last = tl.where(sample == samples - 1, spans, tl.minimum(end, spans))
+            give_nan(grad, student_dim, first, last)
         return
     begin, end = begin.to(tl.int32), end.to(tl.int32)
     if end - begin <= LIMIT:
@@ -216,8 +241,13 @@ def samples_kernel(
             rows = start + tl.arange(0, WEIGHTS)
             w = load_weights(weights, rows, rows < end)
             rest, squares, peaks = add_weights(w, largest, rest, squares, peaks)
+        share = pair_share(rest, squares, peaks, ACC, TINY)
+        if unordered(offsets, samples):  # some of its tiles will not be found
+            share = tl.full((), float("nan"), ACC)
+            if NEED_GRAD:
+                give_nan(grad, student_dim, begin, end)
         tl.store(stats + sample, tl.where(largest > 0, largest, 1))
-        tl.store(stats + samples + sample, pair_share(rest, squares, peaks, ACC, TINY))
+        tl.store(stats + samples + sample, share)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def compare(
 ) -> None:
     """Fills `kl`, `mass`, `stats` and `grad`, those that are given. `grad` may be `student`."""
     assert native.cpu is not None
-    ids = [None if x is None else x.contiguous() for x in (student_ids, teacher_ids)]
+    ids = [None if x is None else x.long().contiguous() for x in (student_ids, teacher_ids)]
     params = params_of(student, teacher, ids[0], ids[1], *objective, **wanted)
     if native.cpu.sra_span_kl_forward(ctypes.byref(params)) != OK:
         check_ids(student_ids, student.shape[1], "student")

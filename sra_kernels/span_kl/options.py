@@ -62,5 +62,6 @@ def validate(
             "of the student, which has nothing left for the bucket, while the teacher has. Use "
             "outside='weight' or 'renormalise'."
         )
-    # vocab may be (ids, ids), but torch.compile refuses an autograd.Function one tensor twice.
-    return student_ids.long(), teacher_ids.long().view(-1)
+    # vocab may be (ids, ids), but torch.compile refuses an autograd.Function one tensor twice. In
+    # the caller's own memory and dtype, by which the tables of the ids are known again.
+    return student_ids, teacher_ids.view(-1)

@@ -42,6 +42,7 @@ def span_kl_forward(
     """
     check_ids(student_ids, student_logits.shape[1], "student")
     check_ids(teacher_ids, teacher_logits.shape[1], "teacher")
+    student_ids, teacher_ids = long(student_ids), long(teacher_ids)
     kl = student_logits.new_empty(
         len(student_logits), dtype=check.accumulator(student_logits.dtype)
     )
@@ -67,6 +68,7 @@ def span_kl_backward(
     outside: str,
 ) -> Tensor:
     """The gradient [S, Vs]; entries outside the vocabulary that is compared get zeros."""
+    student_ids, teacher_ids = long(student_ids), long(teacher_ids)
     inside = student_ids is not None and outside != "bucket"
     grad = (torch.zeros_like if inside else torch.empty_like)(
         student_logits, memory_format=torch.contiguous_format
@@ -277,6 +279,11 @@ def top(logits: Tensor) -> Tensor:
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 gradients wait in float32 for the loss scale, which arrives only in the backward."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def long(ids: Tensor | None) -> Tensor | None:
+    """As torch's own functions want them."""
+    return None if ids is None else ids.long()
 
 
 def check_ids(ids: Tensor | None, entries: int, side: str) -> None:

@@ -71,8 +71,8 @@ def _slices_together(partials, slices):
 def _part(entries, slice_, slices, BLOCK: tl.constexpr):
     """Where a slice begins and ends, in whole blocks."""
     length = tl.cdiv(tl.cdiv(entries, BLOCK), slices) * BLOCK
-    begin = tl.minimum(slice_ * length, entries)
-    return begin, tl.minimum(begin + length, entries)
+    begin = slice_ * length  # a multiple of BLOCK, and so is said to be: loads are wide by that
+    return begin, tl.maximum(begin, tl.minimum(begin + length, entries))
 
 
 @triton.jit(do_not_specialize=["slices"])
@@ -82,7 +82,7 @@ def span_kl_kernel(
     student_finish, teacher_finish, beta,
     STAGE: tl.constexpr, DIRECTION: tl.constexpr, OUTSIDE: tl.constexpr, REST: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Fills kl, mass, stats and grad, those that are given; grad may be the student's logits.
 
@@ -125,7 +125,7 @@ def span_kl_kernel(
         s_top, s_sum, t_top, t_sum, mate, s_rest_top, s_rest, t_rest_top, t_rest = statistics(
             student, teacher, partner, shared, first, tl.where(unknown, last, first), rest_first,
             tl.where(unknown, rest_last, rest_first), student_finish, teacher_finish,
-            OUTSIDE, REST, SLOPES, STUDENT_CAP, TEACHER_CAP, ACC, LANES, WIDTH,
+            OUTSIDE, REST, SLOPES, STUDENT_CAP, TEACHER_CAP, ACC, LANES, WIDTH, PADDED,
         )  # fmt: skip
     else:
         s_top, s_sum, t_top, t_sum, mate, s_rest_top, s_rest, t_rest_top, t_rest = _slices_together(
@@ -220,7 +220,7 @@ def span_kl_kernel(
             beta, s_all_top, s_all, t_all_top, t_all, centre, centre, s_rest_top, rest_gradient,
             scale,
             grad is not None and DIRECTION == FORWARD, DIRECTION, OUTSIDE, STUDENT_CAP,
-            TEACHER_CAP, ACC, LANES, WIDTH,
+            TEACHER_CAP, ACC, LANES, WIDTH, PADDED,
         )  # fmt: skip
     if STAGE == DIVERGENCE:
         to = partials + slice_ * PARTIALS + 9
@@ -248,5 +248,5 @@ def span_kl_kernel(
             student, teacher, partner, grad, begin, end, alive, student_finish, teacher_finish,
             beta, s_all_top, s_all, t_all_top, t_all, centre, mean, s_rest_top, rest_gradient,
             scale,
-            True, DIRECTION, OUTSIDE, STUDENT_CAP, TEACHER_CAP, ACC, LANES, WIDTH,
+            True, DIRECTION, OUTSIDE, STUDENT_CAP, TEACHER_CAP, ACC, LANES, WIDTH, PADDED,
         )  # fmt: skip

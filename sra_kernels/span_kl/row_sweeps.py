@@ -37,18 +37,28 @@ def _columns(LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _until(end, PADDED: tl.constexpr, WIDTH: tl.constexpr):
+    """Where memory may be touched until: whole accesses, of rows that have room for the last."""
+    if PADDED:
+        end = (end + (WIDTH - 1)) // WIDTH * WIDTH
+    return end
+
+
+@triton.jit
 def _load(
-    student, teacher, partner, column, live, student_finish, teacher_finish,
+    student, teacher, partner, column, live, there, student_finish, teacher_finish,
     STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The student's finished logits, the teacher's that go with them, and where there is one."""
+    """The student's finished logits, the teacher's that go with them, and where there is one. What
+    is `there` to be read but not `live` may be anything; in the table it is no partner."""
     if partner is None:
-        pair, inside = column, live
+        inside = live
+        t = tl.load(teacher + column, mask=there, other=0.0).to(ACC)
     else:
-        pair = tl.load(partner + column, mask=live, other=-1)
+        pair = tl.load(partner + column, mask=there, other=-1)
         inside = pair >= 0
-    s = tl.load(student + column, mask=live, other=0.0).to(ACC)
-    t = tl.load(teacher + pair, mask=inside, other=0.0).to(ACC)
+        t = tl.load(teacher + pair, mask=inside, other=0.0).to(ACC)
+    s = tl.load(student + column, mask=there, other=0.0).to(ACC)
     s = finished(s, student_finish, STUDENT_CAP)
     return s, finished(t, teacher_finish, TEACHER_CAP), inside
 
@@ -84,6 +94,7 @@ def statistics(
     student_finish, teacher_finish,
     OUTSIDE: tl.constexpr, REST: tl.constexpr, SLOPES: tl.constexpr, STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """(top, sum) of the student's and the teacher's compared entries, the teacher's logit that goes
     with the student's top, (top, sum) of the student's and the teacher's other entries."""
@@ -94,9 +105,10 @@ def statistics(
     for start in range(begin, end, LANES * WIDTH):
         column = start + _columns(LANES, WIDTH)
         live = column < end
+        there = column < _until(end, PADDED, WIDTH)
         s, t, inside = _load(
-            student, teacher, partner, column, live, student_finish, teacher_finish, STUDENT_CAP,
-            TEACHER_CAP, ACC,
+            student, teacher, partner, column, live, there, student_finish, teacher_finish,
+            STUDENT_CAP, TEACHER_CAP, ACC,
         )  # fmt: skip
         if OUTSIDE == BUCKET:
             other = tl.where(live & (inside == 0), s, float("-inf"))
@@ -131,6 +143,7 @@ def sweep(
     s_top, s_sum, t_top, t_sum, centre, mean, s_rest_top, rest_gradient, factor,
     GRAD: tl.constexpr, DIRECTION: tl.constexpr, OUTSIDE: tl.constexpr, STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """Σ of the terms and Σ p_s (slope - centre) over the compared entries; with GRAD, writes the
     gradient of all entries."""
@@ -146,11 +159,12 @@ def sweep(
         else:
             start = begin + (blocks - 1 - block) * (LANES * WIDTH)
         column = start + _columns(LANES, WIDTH)
-        within = column < end
+        within = column < _until(end, PADDED, WIDTH)
         live = column < read_end
+        there = column < _until(read_end, PADDED, WIDTH)
         u, t, inside = _load(
-            student, teacher, partner, column, live, student_finish, teacher_finish, STUDENT_CAP,
-            TEACHER_CAP, ACC,
+            student, teacher, partner, column, live, there, student_finish, teacher_finish,
+            STUDENT_CAP, TEACHER_CAP, ACC,
         )  # fmt: skip
         s = tl.where(inside, u, NOTHING) - s_top
         t = tl.where(inside, t, NOTHING) - t_top

@@ -13,12 +13,13 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from sra_kernels.span_kl.portable import check_ids
+from sra_kernels.span_kl.portable import check_ids, long
 
 Tables = tuple[Tensor | None, Tensor | None]
 
 # A training run has one vocabulary; the rest is for evaluation beside it.
 REMEMBERED = 8
+PADDING = 16
 _known: OrderedDict[object, tuple[Tables, object]] = OrderedDict()
 _lock = threading.Lock()
 
@@ -30,6 +31,8 @@ def tables(
     teacher_entries: int,
 ) -> Tables:
     """(partner [Vs] int32: the teacher's entry or -1, shared [Vt] uint8: whether it has a partner).
+
+    `partner` is filled with -1 to a multiple of PADDING.
 
     Ids that are None mean that the columns of that side are the shared entries, in their order;
     partner is None where the columns of both are, and shared where all of the teacher's have one.
@@ -75,14 +78,18 @@ def _made(
 ) -> Tables:
     check_ids(student_ids, student_entries, "student")
     check_ids(teacher_ids, teacher_entries, "teacher")
+    student_ids, teacher_ids = long(student_ids), long(teacher_ids)
     partner = shared = None
     if teacher_ids is not None:
-        partner = teacher_ids.to(torch.int32, memory_format=torch.contiguous_format)
+        partner = teacher_ids.to(torch.int32)
         shared = partner.new_zeros(teacher_entries, dtype=torch.uint8)
         shared.index_fill_(0, teacher_ids, 1)
-    if student_ids is not None:
-        if partner is None:
-            partner = torch.arange(len(student_ids), dtype=torch.int32, device=student_ids.device)
-        whole = partner.new_full((student_entries,), -1)
-        partner = whole.index_copy_(0, student_ids, partner)
-    return partner, shared
+    if partner is None:
+        assert student_ids is not None
+        partner = torch.arange(len(student_ids), dtype=torch.int32, device=student_ids.device)
+    whole = partner.new_full((-(-student_entries // PADDING) * PADDING,), -1)
+    if student_ids is None:
+        whole[: len(partner)] = partner
+    else:
+        whole.index_copy_(0, student_ids, partner)
+    return whole, shared

@@ -19,7 +19,7 @@ from sra_kernels.span_kl.divergence_terms import FORWARD, JSD, REVERSE
 from sra_kernels.span_kl.portable import STATS
 from sra_kernels.span_kl.row_kernel import span_kl_kernel
 from sra_kernels.span_kl.row_sweeps import BUCKET, RENORMALISE, WEIGHT
-from sra_kernels.span_kl.tables import tables
+from sra_kernels.span_kl.tables import PADDING, tables
 from sra_kernels.tuning import Config, chosen
 
 # The longer the rows, the more warps on each: those at work on the GPU at once should come close to
@@ -91,6 +91,8 @@ def compare(
     mode = OUTSIDE["renormalise" if shared is None else outside]
     wide = check.accumulator(student.dtype)
     slices = slices_of(count, max(entries, teacher.shape[1]), student.device)
+    width = 16 // student.element_size()
+    walked = student, grad, teacher if partner is None else None
     partials = None
     if slices > 1 and known is None:
         partials = student.new_empty(count, slices, row_kernel.PARTIALS.value, dtype=wide)
@@ -110,7 +112,8 @@ def compare(
         "STUDENT_CAP": student_softcap is not None,
         "TEACHER_CAP": teacher_softcap is not None,
         "ACC": tl.float64 if wide == torch.float64 else tl.float32,
-        "WIDTH": 16 // student.element_size(),  # neighbours: one load of 16 bytes
+        "WIDTH": width,  # neighbours: one load of 16 bytes
+        "PADDED": entries % PADDING != 0 and all(roomy(x, width) for x in walked if x is not None),
     }
 
     def launch(config: Config) -> None:
@@ -129,6 +132,14 @@ def compare(
     # In place, a second run would take the gradient for logits.
     once = grad is not None and grad.data_ptr() == student.data_ptr()
     launch(chosen("span_kl", CONFIGS, size, student.device, None if once else launch))
+
+
+def roomy(x: Tensor, width: int) -> bool:
+    """Whether each row has memory of its own up to a multiple of `width`, as those of the chunks of
+    linear_span_kl have: without it, loads by a mask that ends anywhere are of one number."""
+    columns = -(-x.shape[1] // width) * width
+    end = x.storage_offset() + (len(x) - 1) * x.stride(0) + columns
+    return x.stride(0) >= columns and end * x.element_size() <= x.untyped_storage().nbytes()
 
 
 def slices_of(count: int, entries: int, device: torch.device) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sra_kernels import check
+from sra_kernels.linear_span_kl import chunks
 from sra_kernels.span_kl.portable import STATS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -138,6 +139,8 @@ def span_kl(module: Any, dtype: torch.dtype) -> Calls:
 def linear_span_kl(module: Any, dtype: torch.dtype) -> Calls:
     wide = check.accumulator(dtype)
 
+    chunks.SIZES.setdefault("meta", chunks.SIZES["cuda"])
+
     def call(
         shared: int, direction: str = "forward", outside: str = "renormalise",
         softcap: float | None = None,
@@ -162,6 +165,7 @@ def linear_span_kl(module: Any, dtype: torch.dtype) -> Calls:
 
     yield "shared", True, partial(call, 40960)
     if dtype == torch.bfloat16:
+        yield "odd entries", True, partial(call, 40961)
         yield "options", True, partial(call, 40960, "jsd", "weight", 30.0)
 
 

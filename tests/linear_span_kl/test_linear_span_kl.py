@@ -75,6 +75,52 @@ def test_either_dtype_of_the_products(poison, outside, reduction, native, monkey
         assert_as_good_as_torch(a.bfloat16(), b, c)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("outside", "reduction"), EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("under", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_no_bit(poison, outside, reduction, dtype, under, monkeypatch):
+    cut(monkeypatch, chunk_bytes=1, rows=2, piece_bytes=1)
+    ours, theirs, options = case(outside, dtype, bias=True, weights=True)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", under, enabled=enabled):
+            loss = run(ours, theirs, options, reduction=reduction)
+            results.append([loss, *grads(loss.sum(), ours)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("direction", OBJECTIVES)
+@pytest.mark.parametrize(("outside", "reduction"), EVERY)
+def test_rows_of_logits_may_have_room_behind_them(
+    poison, outside, reduction, direction, monkeypatch
+):
+    """As on a GPU, where each begins at a multiple of 64 entries: NaN, in this test."""
+    ours, theirs, options = case(outside, torch.float32, bias=True, weights=True)
+    options |= {**OBJECTIVES[direction], **TRANSFORMS["Gemma"]}
+    runs = []
+    for align in (1, 16):
+        cut(monkeypatch, chunk_bytes=1, rows=4, align=align)
+        loss, mass = run(ours, theirs, options, reduction=reduction, return_shared_mass=True)
+        plain = run(ours, theirs, options, reduction=reduction)
+        runs.append((loss, mass, plain, *grads(loss.sum(), ours), *grads(plain.sum(), ours)))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_pieces_of_a_head_begin_where_accesses_are_wide(monkeypatch):
+    head = torch.empty(1000, 8, dtype=torch.float16)  # multiplied in float32
+    side = chunks.Side(torch.empty(3, 8), head, None, None, None, None)
+    cut(monkeypatch, piece_bytes=150 * 8 * 4, align=64)
+    assert {piece.start % 64 for piece in side.pieces()} == {0}
+    assert side.pieces()[0] == slice(0, 128)
+    room = side.buffer(3)
+    assert room.shape == (3, 1000)
+    assert room.stride() == (1024, 1)
+
+
 @pytest.mark.parametrize("direction", OBJECTIVES)
 @pytest.mark.parametrize(("outside", "reduction"), EVERY)
 def test_equals_span_kl_on_the_logits(outside, reduction, direction):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sra_kernels import span_geometry, use_backend
+from sra_kernels import check, library, span_geometry, use_backend
 from sra_kernels.span_geometry import cpu, portable
 from sra_kernels.span_geometry.reference import span_geometry as reference
 from sra_kernels.testing import DTYPES, assert_as_good_as_torch
@@ -189,6 +189,35 @@ def test_the_plan_of_the_kernel_holds_less_than_torch_needs():
 
 
 # --- inputs ---
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 10, 5, 20], [3, 10, 20], [0, 10, 18], [0, 10, 25, 20], [0, -5, 20], [0, 200, 70, 300]],
+    ids=str,
+)
+def test_a_gpu_marks_offsets_that_are_no_partition(backend, monkeypatch, offsets):
+    """What is not NaN is right, of a sample or a row: never what memory held before."""
+    if backend in ("cpu", "torch"):
+        pytest.skip("the backends of a CPU look through the offsets first")
+    monkeypatch.setattr(check, "contents", lambda device: False)
+    new_empty, held = torch.Tensor.new_empty, 12345.0
+
+    def stale(*args, **options):
+        out = new_empty(*args, **options)
+        return out.fill_(held) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", stale)
+    spans = max(offsets[-1], 20)
+    given = torch.randn(spans, 13), torch.randn(spans, 21), torch.rand(spans)
+    loss, grad = library.ops.span_geometry_forward(*given, torch.tensor(offsets), True)
+    assert loss.isnan().any()
+    for b in range(len(loss)):
+        if not loss[b].isnan():
+            sample = [x[offsets[b] : offsets[b + 1]] for x in given]
+            want = reference(*sample, torch.tensor([0, len(sample[0])]))
+            torch.testing.assert_close(loss[b], want[0], rtol=1e-4, atol=1e-5)
+    assert not (grad == held).any()
 
 
 def test_any_strides_int32_and_mixed_dtypes():
