@@ -28,7 +28,6 @@ OBJECTIVE_FIELDS = (
     "beta",
 )
 BITS_PER_BYTE = "bits_per_byte"
-BITS_NAMES = (BITS_PER_BYTE, f"eval_{BITS_PER_BYTE}")
 
 
 @dataclass
@@ -134,7 +133,7 @@ class SRAConfig(TrainingArguments):
         super().__post_init__()
         if metric is None and self.metric_for_best_model:  # the loss, which is not measured
             self.metric_for_best_model = BITS_PER_BYTE
-        if greater is None and self.metric_for_best_model in BITS_NAMES:
+        if greater is None and str(self.metric_for_best_model).endswith(BITS_PER_BYTE):
             self.greater_is_better = False
         if self.n_gpu > 1:  # transformers would cut batches by rows, and spans belong to whole ones
             warnings.warn(
@@ -146,6 +145,18 @@ class SRAConfig(TrainingArguments):
             self._n_gpu = 1
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove the text. Leave it false.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor = {self.label_smoothing_factor}: a Trainer that smooths "
+                "takes the labels away from the distiller, whose loss needs them. Leave it 0; the "
+                "teacher's predictions are soft labels."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha = {self.neftune_noise_alpha}: the noise on the embeddings "
+                "would be in the states and logits that the teacher's are compared with. Leave it "
+                "unset."
+            )
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage = {self.min_coverage}: it is a share, 0 to 1.")
         self.objective()

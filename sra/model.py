@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_checked: WeakSet[nn.Module] = WeakSet()  # by check_head
 
 
 class States(NamedTuple):
@@ -111,8 +114,8 @@ def head_of(model: Any) -> Head:
     gathered.
 
     Raises:
-        TypeError: the model has no output embeddings, or its logits are made in a way that one
-            matrix and `Head`'s options do not describe.
+        TypeError: the model has no output embeddings, or an adapter on them adds more than a
+            product of two matrices. Whether `Head` says all of a model, `check_head` finds out.
     """
     model = causal_lm(model)
     layer = model.get_output_embeddings()
@@ -131,8 +134,73 @@ def head_of(model: Any) -> Head:
         weight,
         bias,
         scale=logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=logit_softcap(config),
     )
+
+
+def check_head(model: Any) -> None:
+    """Raise TypeError unless `head_of` makes the logits of a model from its last states.
+
+    Some models transform or normalise states before the output layer, or change logits behind it,
+    and their configurations say so under any name. So a model is asked, once, with a few tokens;
+    one that is sharded, offloaded, without weights or not a class of transformers is not.
+    """
+    if torch.compiler.is_compiling() or (model := causal_lm(model)) in _checked:
+        return
+    from transformers import PreTrainedModel
+
+    known = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    if known and all(map(_is_here, model.parameters())):
+        share = _share_of_other_logits(model)
+        if share is not None:
+            raise TypeError(
+                f"The logits of {type(model).__name__} are not its output layer times its last "
+                f"states: they differ by {share:.1%}. Something between the two, or behind them, "
+                "is not known here (sra.model.head_of), and spans would be compared by other "
+                "predictions than the model's. Choose a model without it."
+            )
+    _checked.add(model)
+
+
+def _is_here(weight: Tensor) -> bool:
+    """Whether a parameter holds its numbers: not one of FSDP's, DeepSpeed's or the meta device."""
+    plain = nn.Parameter in type(weight).__mro__ and not hasattr(weight, "ds_id")
+    return plain and weight.device.type != "meta"
+
+
+@torch.no_grad()
+def _share_of_other_logits(model: Any) -> float | None:
+    """How far the model's logits are from `head_of`'s, in parts of them; None if it is rounding."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(1, 9, device=device)[None] % model.config.get_text_config().vocab_size
+    # Eager, so that nothing is compiled for eight tokens.
+    with without_dropout(model), torch.compiler.set_stance("force_eager"):
+        states = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+    head = head_of(model)
+    ours = head.logits(states.to(head.weight.device)).to(logits.device)
+    if ours.shape != logits.shape:
+        return 1.0
+    kinds = [logits.dtype, states.dtype, head.weight.dtype]
+    if torch.is_autocast_enabled(device.type):
+        kinds.append(torch.get_autocast_dtype(device.type))
+    change = (ours - logits).float().norm(dim=-1) / logits.float().norm(dim=-1)
+    # Not the greatest: rounding may send a token or two to other experts.
+    share = float(change.nan_to_num(0.0).median())
+    # A few roundings; a head with LoRA adds in another order.
+    return share if share > max(1e-3, *(4 * torch.finfo(kind).eps for kind in kinds)) else None
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode, each part of it; afterwards each in its own."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def logit_scale(config: Any) -> float | None:
@@ -144,6 +212,13 @@ def logit_scale(config: Any) -> float | None:
     if scaling is None or config.model_type.startswith("hyperclovax"):
         return scaling
     return 1 / scaling  # Granite divides by what HyperCLOVA X, under this name, multiplies by
+
+
+def logit_softcap(config: Any) -> float | None:
+    """What the logits are kept below, by a tanh."""
+    # Gemma, RecurrentGemma, xLSTM
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
 
 
 def head_rows(model: Any) -> int:
@@ -237,9 +312,24 @@ def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
         weight, bias = _weight(layer.base_layer)
         if not (layer.merged or layer.disable_adapters):
             for adapter in layer.active_adapters:
+                _check_adapter(layer, adapter)
                 weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
         return weight, bias
-    return _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
+    bias = getattr(layer, "bias", None)  # PEFT's layer of trainable tokens has none
+    return _whole(layer.weight), None if bias is None else _whole(bias)
+
+
+def _check_adapter(layer: Any, adapter: str) -> None:
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    biased = getattr(layer, "lora_bias", {}).get(adapter)
+    if variant is not None or biased or not hasattr(layer, "get_delta_weight"):
+        kind = "lora_bias" if biased else type(variant or layer).__name__
+        raise TypeError(
+            f"The PEFT adapter {adapter!r} of the output layer ({kind}) is more than a product of "
+            "two matrices, and the distiller reads no more of it. Train that layer with plain "
+            "LoRA (use_dora=False, lora_bias=False), or whole: "
+            'modules_to_save=["lm_head"].'
+        )
 
 
 def _in_use(layer: Any) -> Any:

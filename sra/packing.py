@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from sra.model import call_inside, causal_lm, trunk_of
+from sra.model import call_inside, causal_lm, trunk_of, without_dropout
 
 MEND = 'Pad them: padding_free=False, or SpanCollator(padding="right").'
 _apart: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # with its attention
@@ -61,7 +59,7 @@ def _share_that_passes(model: Any, trunk: Any, device: torch.device) -> float | 
 
     on = torch.arange(9, device=device)
     anew = torch.cat([on[:5], on[:4]])
-    with _without_dropout(trunk):
+    with without_dropout(trunk):
         apart, together = (
             (states(first, positions), states(other, positions)) for positions in (anew, on)
         )
@@ -73,14 +71,3 @@ def _share_that_passes(model: Any, trunk: Any, device: torch.device) -> float | 
     share = float((changes[0] / changes[1]).nan_to_num(0.0).max())
     # Half of the digits: an expert that is given other tokens beside these may round otherwise.
     return share if share > rounding**0.5 else None
-
-
-@contextmanager
-def _without_dropout(trunk: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in trunk.modules()]
-    trunk.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

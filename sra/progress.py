@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import ProgressCallback
 
 SHOWN = (
@@ -32,22 +35,36 @@ class LiveTerms(ProgressCallback):
 
 
 class Speed:
-    """Tokens a second since the last reading."""
+    """Tokens a second since the last reading, padding left out."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens: int | Tensor = 0
         self.since = time.perf_counter()
 
+    def add(self, batch: Mapping[str, Any]) -> None:
+        mask = batch.get("attention_mask")
+        # Summed where it is: the device is waited for when the speed is read.
+        self.tokens = self.tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The seconds in here do not count."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - begin
+
     def read(self) -> float:
-        now = time.perf_counter()
-        speed = self.tokens / max(now - self.since, 1e-9)
+        tokens, now = float(self.tokens), time.perf_counter()
+        speed = tokens / max(now - self.since, 1e-9)
         self.tokens, self.since = 0, now
         return speed
 
 
 def reset_peak() -> None:
     """Forget the highest memory so far, where the system allows it."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -56,9 +73,10 @@ def reset_peak() -> None:
 
 
 def peak_gib() -> float | None:
-    """Highest memory so far in GiB: the GPU's if there is one, else this process's (Linux)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    """Highest memory so far in GiB: the GPU's if it is used, else this process's (Linux)."""
+    # A run on the CPU allocates nothing on a GPU that is there.
+    if torch.cuda.is_initialized() and (used := torch.cuda.max_memory_allocated()):
+        return used / 2**30
     peak = resident("VmHWM")
     return peak / 2**30 if peak else None
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sra.attention import attention_of, record_attention_mass
-from sra.model import States, call_inside, causal_lm, trunk_of
+from sra.model import States, call_inside, causal_lm, check_head, trunk_of
 from sra.packing import check_packing
 
 
@@ -30,8 +30,10 @@ def run_trunk(model: Any, **inputs: Any) -> Any:
     """The outputs of `trunk_of`, of a model that is sharded too.
 
     Raises:
-        TypeError: sequences without padding, and a model that would mix them.
+        TypeError: a model whose logits are more than its head makes of its states, or sequences
+            without padding and a model that would mix them.
     """
+    check_head(model)
     if "position_ids" in inputs and "attention_mask" not in inputs:
         check_packing(model, inputs["input_ids"].device)
     return call_inside(causal_lm(model), trunk_of(model), **inputs)
@@ -61,6 +63,7 @@ def model_states(
         IndexError: there is no such layer.
         TypeError, NotImplementedError: see `record_attention_mass`.
     """
+    check_head(model)  # before anything of its layers is recorded
     trunk = trunk_of(model)
     count = trunk.config.get_text_config().num_hidden_layers
     for layer in layers:

@@ -7,32 +7,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sra import run_record
 from sra.alignment import SpanAligner
-from sra.batch import count_items
 from sra.collator import SpanCollator, check_coverage, sequence_ids
 from sra.config import SRAConfig
 from sra.data import Passes, RowStream, check_row
 from sra.distiller import SpanDistiller
+from sra.distiller_trainer import DistillerTrainer
 from sra.evaluation import bits_per_byte
-from sra.model import call_inside, causal_lm, head_rows, place_teacher
-from sra.progress import LiveTerms, Speed, peak_gib, reset_peak
+from sra.model import call_inside, head_rows, place_teacher
+from sra.progress import LiveTerms
 from sra.teacher_cache import check_caches
 
-PROJECTOR_FILE = "projector.safetensors"
-# Means over a batch; the other terms are sums over it, divided by the counts of the step.
-SHARES = ("shared_mass", "coverage", "agreement", "bits_per_byte")
-TERMS = ("ce", "cosine", "geometry", "logit", "likelihood", *SHARES)
 PATIENCE = 50  # batches without enough spans, or steps without a label, before a run is stopped
 CHECKED_ROWS = 10_000  # of a larger data set, so many are aligned before the run
 
 
-class SRATrainer(Trainer):
+class SRATrainer(DistillerTrainer):
     """Distils one teacher or several into `model`.
 
     Everything that the transformers Trainer does, it does. Checkpoints hold the plain student (or
@@ -47,7 +42,8 @@ class SRATrainer(Trainer):
             "cross-entropy".
         args: an `SRAConfig`.
         train_dataset, eval_dataset: rows as `SpanCollator` takes them: a sequence, a
-            `datasets.Dataset`, or for training an iterable that streams.
+            `datasets.Dataset`, or for training an iterable that streams. To evaluate on, also
+            several sets of rows by their names: {"en": rows} gives eval_en_bits_per_byte.
         processing_class, teacher_processing_class: their fast tokenizers; a list for a list of
             teachers.
         teacher_names: what a row's "teacher" calls them, if it has one; see `SpanCollator`.
@@ -94,12 +90,15 @@ class SRATrainer(Trainer):
         self.left_out: int | None = None
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
             minimum = args.min_coverage if objective.needs_teacher else 0.0
-            checked = list(_evenly(train_dataset, CHECKED_ROWS))
-            coverage, self.left_out = check_coverage(checked, collator, minimum)
+            numbers = _evenly(len(train_dataset), CHECKED_ROWS)
+            whole = len(numbers) == len(train_dataset)
+            checked = [*train_dataset] if whole else [train_dataset[i] for i in numbers]
+            coverage, self.left_out = check_coverage(checked, collator, minimum, numbers)
             check_caches(_listed(teacher_model), collator, checked, objective.side(1))
             self.coverage = coverage if objective.needs_teacher else None
-        for number, row in enumerate(eval_dataset or ()):
-            check_row(row, f"Row {number} of eval_dataset")
+        for place, rows in _held_out(eval_dataset).items():
+            for number, row in enumerate(rows):
+                check_row(row, f"Row {number} of {place}")
         teachers = _listed(teacher_model) if objective.needs_teacher else [None]
         vocabularies: list[Any] = [None] * len(teachers)
         if teacher_model is not None and objective.needs_teacher:
@@ -124,11 +123,8 @@ class SRATrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        self._terms: list[dict[str, Tensor]] = []
-        self._steps = 0  # that _terms are of
         self._barren = 0  # steps without a label, in a row
         self._covered: list[float] = []
-        self._speed = Speed()
         stream = Passes(train_dataset) if isinstance(train_dataset, RowStream) else None
         set_seed(args.seed)  # the Trainer's own call comes after the projectors' random start
         super().__init__(
@@ -152,10 +148,6 @@ class SRATrainer(Trainer):
     @property
     def sra_args(self) -> SRAConfig:
         return cast(SRAConfig, self.args)
-
-    @property
-    def distiller(self) -> SpanDistiller:
-        return self.accelerator.unwrap_model(self.model)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -182,8 +174,6 @@ class SRATrainer(Trainer):
                 coverage=self.coverage,
                 left_out=self.left_out,
             )
-        reset_peak()
-        self._speed = Speed()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except (ValueError, RuntimeError, OSError, EOFError) as error:
@@ -194,20 +184,14 @@ class SRATrainer(Trainer):
         self._check_weights()
         return output
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Tokens, sequences and spans of the whole step, over all micro-batches and ranks."""
-        self._steps += 1
-        counts = count_items(batch_samples)
+    def _own_counts(self, batch_samples: list) -> Tensor:
+        counts = super()._own_counts(batch_samples)
         self._barren = 0 if counts[0] else self._barren + 1
         if self._barren == PATIENCE:
             raise RuntimeError(
                 f"There was nothing to learn in {PATIENCE} steps: the prompts of all their rows "
                 f"fill max_length = {self.sra_args.max_length}. Raise it."
             )
-        counts = counts.to(device)
-        self._speed.tokens += sum(batch["input_ids"].numel() for batch in batch_samples)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(dim=0)
         return counts
 
     def compute_loss(
@@ -217,7 +201,7 @@ class SRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        every = max(1, round(self.args.logging_steps))
+        every = max(1, self.state.logging_steps)  # which may be given as a share of the run
         logged = (self.state.global_step + 1) % every == 0
         self.distiller.agreement_spans = self.sra_args.agreement_spans if logged else 0
         try:
@@ -263,34 +247,21 @@ class SRATrainer(Trainer):
                 "min_coverage and resume."
             )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each term to what is logged, as it enters the loss of a step."""
-        if "loss" in logs and self._terms:
-            found = [[terms[name] for terms in self._terms if name in terms] for name in TERMS]
-            # Every rank brings all names: one may have had no span to measure agreement on.
-            table = torch.tensor([[sum(map(float, x)), len(x)] for x in found], dtype=torch.float64)
-            table = self.accelerator.reduce(table.to(self.args.device), "sum")
-            # Without it, each rank has divided by its own counts.
-            apart = not self.args.average_tokens_across_devices
-            steps = self._steps * self.args.world_size**apart
-            for name, (value, count) in zip(TERMS, table.tolist(), strict=True):
-                if count:
-                    logs[name] = value / (count if name in SHARES else steps)
-            self._terms.clear()
-            self._steps = 0
-            logs["tokens_per_second"] = round(self._speed.read() * self.args.world_size, 1)
-            if (peak := peak_gib()) is not None:
-                logs["peak_gib"] = round(peak, 3)
-        super().log(logs, start_time)
-
     def evaluate(
         self,
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Bits per byte of the student on held-out rows."""
+        """Bits per byte of the student on held-out rows; of several sets of them, by their names,
+        each under its name. What the assistant says is scored, whatever `train_turns` is."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, Mapping):
+            found = [
+                self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, own in rows.items()
+            ]
+            return {name: value for metrics in found for name, value in metrics.items()}
         bits = call_inside(
             self.distiller,
             bits_per_byte,
@@ -337,59 +308,18 @@ class SRATrainer(Trainer):
                 raise
             raise RuntimeError(run_record.remove_half(half, error)) from error
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        given = {}
-        if state_dict:  # gathered from the ranks' shards
-            given["state_dict"] = _part(state_dict, "student.")
-        self.distiller.save_pretrained(folder, **given)
-        cast(Any, self.processing_class).save_pretrained(folder)
-        projectors = _part(state_dict or self.distiller.state_dict(), "projectors.")
-        if projectors:
-            save_file(projectors, folder / PROJECTOR_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
-            return
-        folder = Path(resume_from_checkpoint)
-        student = self.distiller.student
-        if hasattr(student, "peft_config"):
-            from peft import set_peft_model_state_dict
-            from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
-            set_peft_model_state_dict(student, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
-        else:
-            kind = type(causal_lm(student))  # no code of the folder is needed, and none is run
-            saved = kind.from_pretrained(folder, dtype=student.dtype, use_safetensors=True)
-            student.load_state_dict(saved.state_dict())
-        if len(self.distiller.projectors):
-            self.distiller.projectors.load_state_dict(load_file(folder / PROJECTOR_FILE))
-
-    def _load_best_model(self) -> None:
-        """As on resuming: a checkpoint holds the plain student."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            Trainer._load_best_model(self)  # by name: SpanSFTTrainer has this method too
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _evenly(rows: Sequence[Any], most: int) -> Iterable[Any]:
-    """Up to `most` rows, evenly spaced."""
-    count = len(rows)
-    return rows if count <= most else (rows[i * count // most] for i in range(most))
+def _held_out(given: Any) -> dict[str, Any]:
+    """Each set of held-out rows, by where it is."""
+    if isinstance(given, Mapping):
+        return {f"eval_dataset[{name!r}]": rows for name, rows in given.items()}
+    return {"eval_dataset": given or ()}
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value.contiguous()
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }
+def _evenly(count: int, most: int) -> Sequence[int]:
+    """Up to `most` of `count` numbers, evenly spaced."""
+    return range(count) if count <= most else [i * count // most for i in range(most)]

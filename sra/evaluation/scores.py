@@ -156,9 +156,10 @@ def evaluate(
         keep("bits_per_byte", partial(bits, model, tokenizer))
         if teacher is not None:
             keep("teacher_bits_per_byte", partial(bits, teacher.model, teacher.tokenizer))
-            cut = {"max_length": max_length, "chat_template": chat_template}
-            results["bytes"] = scored_bytes(tokenizer, plain, **cut)
-            results["teacher_bytes"] = scored_bytes(teacher.tokenizer, plain, **cut)
+            for name, one in (("bytes", tokenizer), ("teacher_bytes", teacher.tokenizer)):
+                results[name] = scored_bytes(
+                    one, plain, max_length=max_length, chat_template=chat_template
+                )
     if "agreement" in metrics and teacher is not None:
         keep("agreement", partial(agreement, teacher))
     if questions:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer
 
-from sra.batch import count_items
-from sra.trainer import SHARES, SRATrainer
+from sra.distiller_trainer import DistillerTrainer
 
 try:
     from trl import SFTTrainer
@@ -19,7 +17,7 @@ except ImportError as error:
     ) from error
 
 
-class SpanSFTTrainer(SFTTrainer):
+class SpanSFTTrainer(DistillerTrainer, SFTTrainer):
     """TRL's `SFTTrainer` for a `SpanDistiller` as its model, with batches of `SpanCollator`.
 
     `SFTTrainer` computes cross-entropy by itself and never asks the model for its loss; here the
@@ -42,12 +40,6 @@ class SpanSFTTrainer(SFTTrainer):
         model.add_model_tags = model.student.add_model_tags  # which SFTTrainer calls
         super().__init__(model, args, **kwargs)
 
-    # The student and the projectors are saved and loaded as SRATrainer does it.
-    distiller = SRATrainer.distiller
-    _save = SRATrainer._save
-    _load_from_checkpoint = SRATrainer._load_from_checkpoint
-    _load_best_model = SRATrainer._load_best_model
-
     def compute_loss(
         self,
         model: Any,
@@ -56,16 +48,10 @@ class SpanSFTTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        # A term is a sum over its micro-batch divided by the counts of the step.
-        parts = self.current_gradient_accumulation_steps if model.training else 1
-        for name, value in outputs.items():
-            if name != "loss":
-                whole = float(value) * (1 if name in SHARES else parts)
-                self._metrics["train" if model.training else "eval"][name].append(whole)
+        terms = {name: value.detach() for name, value in outputs.items() if name != "loss"}
+        if model.training:
+            self._terms.append(terms)
+        else:
+            for name, value in terms.items():
+                self._metrics["eval"][name].append(float(value))
         return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        counts = count_items(batch_samples).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(dim=0)
-        return counts

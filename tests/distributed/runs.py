@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import PrinterCallback
 
-from sra import SRAConfig, SRATrainer
+from sra import SpanDistiller, SRAConfig, SRATrainer, recipe
 from sra.data import stream_rows
 from tests import tiny
 from tests.distributed import pairs
@@ -118,6 +120,41 @@ def means_of_means(rank: int, world: int, folder: Path) -> None:
     for log in logs(run):
         span = log["cosine"] + log["geometry"] + log["logit"]
         total = 0.5 * log["ce"] + 0.5 * span
+        assert abs(log["loss"] - total) < 1e-4 * total, log
+
+
+def in_trl(rank: int, world: int, folder: Path) -> None:
+    """What SpanSFTTrainer logs of each rank's part adds up to the loss."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if find_spec("trl") is None or find_spec("datasets") is None:
+        return
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from sra.trl import SpanSFTTrainer
+
+    objective = recipe("boundary", cosine=0.0)
+    run = SpanSFTTrainer(
+        SpanDistiller(
+            tiny.student_model(), tiny.teacher_model(), objective, vocabulary=tiny.vocabulary()
+        ),
+        SFTConfig(
+            output_dir=str(folder / "trl"), dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False, bf16=False, max_steps=2, per_device_train_batch_size=1,
+            gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", use_cpu=True,
+            disable_tqdm=True, report_to="none",
+        ),
+        train_dataset=Dataset.from_list(tiny.ROWS),
+        data_collator=tiny.collator(),
+        processing_class=tiny.student_tokenizer(),
+    )  # fmt: skip
+    run.pop_callback(PrinterCallback)
+    run.train()
+    found = [log for log in run.state.log_history if "loss" in log]
+    assert len(found) == 2
+    for log in found:
+        total = objective.alpha * log["ce"]
+        total += (1 - objective.alpha) * objective.logit * log["logit"]
         assert abs(log["loss"] - total) < 1e-4 * total, log
 
 
@@ -231,6 +268,7 @@ CHECKS = {
         one_micro_batch,
         two_micro_batches,
         means_of_means,
+        in_trl,
         streamed,
         a_rank_without_spans,
         teachers_that_differ,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sra.attention import record_attention_mass
-from sra.model import trunk_of
+from sra.model import check_head, trunk_of
 from sra.states import model_states
 from tests.models.families import NAMES, build
 
@@ -28,6 +28,7 @@ def blocks(model):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_s_states_leave_its_block_and_the_last_are_what_the_head_gets(name):
     model = build(name, 64)
+    check_head(model)  # so that the hooks see nothing of it
     left, to_head = [], []
     for block in blocks(model):
         block.register_forward_hook(

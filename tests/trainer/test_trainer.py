@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from sra import SRAConfig, TeacherCache, bits_per_byte
-from sra.progress import LiveTerms
+from sra.distiller_trainer import _wide
 from sra.run_record import last_checkpoint
 from tests import tiny
 from tests.distiller.cases import assert_same
@@ -60,6 +60,33 @@ def test_terms_are_of_steps_not_of_micro_batches(tmp_path, every):
         assert log["ce"] == pytest.approx(5.8, abs=0.3)  # log 328: an untrained student
 
 
+def test_a_share_of_the_run_between_two_logs(tmp_path):
+    """`logging_steps` under 1: agreement is measured on the steps that are logged, and no other."""
+    run = trainer(tmp_path, logging_steps=0.5, max_steps=6)
+    measured = []
+    forward = run.distiller.forward
+
+    def record(*args, **kwargs):
+        measured.append(run.distiller.agreement_spans > 0)
+        return forward(*args, **kwargs)
+
+    run.distiller.forward = record
+    run.train()
+    assert measured == [False, False, True] * 2
+    assert len(logged(run, "agreement")) == 2
+
+
+def test_sums_are_as_wide_as_the_device_has_them(tmp_path, monkeypatch):
+    assert _wide(torch.device("cpu")) == torch.float64
+    assert _wide(torch.device("mps")) == torch.float32
+    run = trainer(tmp_path, max_steps=1)
+    monkeypatch.setattr("sra.distiller_trainer._wide", lambda device: torch.float32)
+    batch = run.data_collator(tiny.ROWS)
+    assert run._get_num_items_in_batch([batch], torch.device("cpu")).dtype == torch.float32
+    run.train()
+    assert logged(run, "ce")
+
+
 def test_evaluate_is_bits_per_byte(tmp_path):
     run = trainer(tmp_path)
     student, tokenizer = run.distiller.student, tiny.student_tokenizer()
@@ -69,6 +96,22 @@ def test_evaluate_is_bits_per_byte(tmp_path):
     want = bits_per_byte(student, tokenizer, tiny.ROWS[4:])
     assert other["other_bits_per_byte"] == pytest.approx(want, rel=1e-6)
     assert logged(run, "eval_bits_per_byte")
+
+
+def test_several_sets_of_held_out_rows(tmp_path):
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=6, load_best_model_at_end=True,
+                  metric_for_best_model="eval_en_bits_per_byte", save_strategy="steps",
+                  save_steps=6)  # fmt: skip
+    assert run.args.greater_is_better is False
+    sets = {"en": tiny.ROWS[:4], "zh": tiny.ROWS[4:5]}
+    run.eval_dataset = sets
+    run.train()
+    metrics = run.evaluate()
+    student, tokenizer = run.distiller.student, tiny.student_tokenizer()
+    for name, rows in sets.items():
+        want = pytest.approx(bits_per_byte(student, tokenizer, rows), rel=1e-6)
+        assert metrics[f"eval_{name}_bits_per_byte"] == want
+        assert logged(run, f"eval_{name}_bits_per_byte") == [want, want]
 
 
 def test_it_evaluates_while_training(tmp_path):
@@ -195,6 +238,30 @@ def test_without_a_projector_none_is_saved(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
 
 
+def test_adapters_with_names_of_their_own_go_on(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    options = {"recipe": "respell", "outside": None, "save_strategy": "steps", "save_steps": 3}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+
+    def adapted():
+        torch.manual_seed(0)
+        run = trainer(tmp_path, **options)
+        student = peft.get_peft_model(run.distiller.student, config, adapter_name="mine")
+        student.add_adapter("default", config)
+        run.distiller.student = student
+        return run
+
+    run = adapted()
+    run.train()
+    assert (tmp_path / "checkpoint-6" / "mine").is_dir()
+    (tmp_path / "checkpoint-6").rename(tmp_path / "later")
+    again = adapted()
+    again.train(resume_from_checkpoint=True)
+    ours, theirs = weights(again), weights(run)
+    assert any("lora_B.mine" in name and x.any() for name, x in theirs.items())
+    assert_same(ours, theirs, rtol=0, atol=0)
+
+
 class StopAt(TrainerCallback):
     """Leaves the training loop as an error would."""
 
@@ -273,22 +340,3 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) is None
     assert last_checkpoint(tmp_path / "nowhere") is None
-
-
-# --- what is shown ---
-
-
-def test_the_bar_shows_the_terms(tmp_path, capsys):
-    run = trainer(tmp_path, disable_tqdm=False, max_steps=2, eval_strategy="steps", eval_steps=1)
-    assert any(isinstance(c, LiveTerms) for c in run.callback_handler.callbacks)
-    run.train()
-    shown = capsys.readouterr().err
-    for name in ("loss=", "ce=", "cosine=", "geometry=", "logit=", "bpb=", "agree=", "tok/s="):
-        assert name in shown
-
-
-def test_no_bar_where_none_is_wanted(tmp_path, capsys):
-    run = trainer(tmp_path, disable_tqdm=True, max_steps=1)
-    assert not any(isinstance(c, LiveTerms) for c in run.callback_handler.callbacks)
-    run.train()
-    assert "loss=" not in capsys.readouterr().err

@@ -107,6 +107,37 @@ def test_a_broken_row_of_the_held_out_data(tmp_path):
     assert not folder.exists()
 
 
+def test_a_broken_row_of_one_of_several_held_out_sets(tmp_path):
+    with pytest.raises(ValueError, match=r"Row 1 of eval_dataset\['zh'\]: there is no 'prompt'"):
+        SRATrainer(
+            tiny.student_model(),
+            None,
+            SRAConfig(output_dir=str(tmp_path), recipe="cross-entropy", use_cpu=True),
+            train_dataset=tiny.ROWS,
+            eval_dataset={"en": tiny.ROWS[:1], "zh": [tiny.ROWS[4], {"completion": "x"}]},
+            processing_class=tiny.student_tokenizer(),
+        )
+
+
+def test_rows_of_a_sample_keep_their_numbers(tmp_path, monkeypatch):
+    """Of more rows than are checked, every third; the broken one is the last of these."""
+    monkeypatch.setattr("sra.trainer.CHECKED_ROWS", 4)
+    rows = [*tiny.ROWS, tiny.ROWS[0], {"prompt": "x"}, tiny.ROWS[0], tiny.ROWS[1]]
+    with pytest.raises(ValueError, match="Row 9: there is no 'completion'"):
+        trainer(tmp_path, rows=rows)
+    lossy = [tiny.ROWS[0]] * 12
+    lossy[6] = tiny.ROWS[4]
+    with pytest.raises(ValueError, match=r"Worst is row 6 with 0\.0%"):
+        SRATrainer(
+            tiny.student_model(),
+            tiny.teacher_model(),
+            SRAConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none"),
+            train_dataset=lossy,
+            processing_class=tiny.student_tokenizer(),
+            teacher_processing_class=tiny.lossy_tokenizer(),
+        )
+
+
 def test_no_teacher(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match="needs a teacher"):
@@ -126,6 +157,8 @@ def test_no_teacher(tmp_path):
         ({"alpha": 2.0}, "alpha = 2.0"),
         ({"outside": "drop"}, "outside = 'drop'"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would remove the text"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1: .* Leave it 0"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha = 5.0: .* Leave it unset"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
