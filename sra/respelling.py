@@ -11,19 +11,17 @@ token of the student that is a prefix of its bytes.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sra.chunks import sum_by_chunks
 from sra.model import Head
 from sra.side import Side, rows_of
 from sra.spelling import DEPTH, Trie
 from sra_kernels import span_com, span_kl
-
-ROWS = 256  # whose logits are held at once: 256 * 150,000 fp32 is 154 MB
 
 
 def respelled_kl(
@@ -211,62 +209,3 @@ def _span_sums(values: Tensor, spans: Tensor) -> Tensor:
     """The sum of each span of rows."""
     mean, _ = span_com(values, spans)
     return mean * (spans[:, 1] - spans[:, 0])[:, None]
-
-
-def sum_by_chunks(
-    part: Callable[[Tensor, Head, slice], Tensor], states: Tensor, head: Head
-) -> Tensor:
-    """Sum of `part` over chunks of `ROWS` states. Their gradients are formed at once, so that
-    nothing as wide as a vocabulary outlives its chunk."""
-    learns = torch.is_grad_enabled()  # which `forward` below cannot ask
-    wanted = [
-        learns and x is not None and x.requires_grad for x in (states, head.weight, head.bias)
-    ]
-    return _SumByChunks.apply(part, states, head.weight, head.bias, head, wanted)
-
-
-class _SumByChunks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        part: Callable[[Tensor, Head, slice], Tensor],
-        states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        wanted: Sequence[bool],
-    ) -> Tensor:
-        inputs = states, weight, bias
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        total = states.new_zeros((), dtype=dtype)
-        grads = [
-            torch.zeros_like(x, dtype=dtype) if x is not None and want else None
-            for x, want in zip(inputs, wanted, strict=True)
-        ]
-        for start in range(0, len(states), ROWS):
-            here = slice(start, start + ROWS)
-            rows = states[here].detach().requires_grad_(wanted[0])
-            own = head._replace(
-                weight=weight.detach().requires_grad_(wanted[1]),
-                bias=None if bias is None else bias.detach().requires_grad_(wanted[2]),
-            )
-            with torch.set_grad_enabled(any(wanted)):
-                value = part(rows, own, here)
-            total += value.detach()
-            leaves = [x for x in (rows, *own[:2]) if isinstance(x, Tensor) and x.requires_grad]
-            found = iter(torch.autograd.grad(value, leaves) if leaves else ())
-            for grad, place in zip(grads, (here, slice(None), slice(None)), strict=True):
-                if grad is not None:
-                    grad[place] += next(found)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [
-            None if grad is None else (above * grad).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return None, *grads, None, None

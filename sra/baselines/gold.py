@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, Side
 from sra.baselines.ranks import sorted_distance
+from sra.chunks import sum_by_chunks
+from sra.model import Head
 from sra.side import rows_of
 
 ROWS = 64  # whose two distributions are sorted at once: 64 * 150,000 fp32 is 38 MB
@@ -71,24 +73,19 @@ class GOLD(Baseline):
             weight = len(other[0]) / len(pair.teacher.head.weight)
         rest = 1 - weight if self.unmatched_weight is None else self.unmatched_weight
 
-        def distance(states: Tensor, factor: Tensor, theirs: Tensor, target: Tensor) -> Tensor:
-            s = self._log_probabilities(pair.student, states) + factor[:, None]
-            with torch.no_grad():  # here, so that it is not kept for the backward
-                t = self._log_probabilities(pair.teacher, theirs) + target[:, None]
+        theirs = pair.teacher.hidden[others - 1]
+
+        def distance(states: Tensor, head: Head, here: slice, factor: Tensor) -> Tensor:
+            s = self._log_probabilities(head, states) + factor[:, None]
+            with torch.no_grad():
+                t = self._log_probabilities(pair.teacher.head, theirs[here])
+                t += target[here, None]
             matched = jensen_shannon(s[:, own[0]], t[:, other[0]], self.beta)
             unmatched = sorted_distance(s[:, own[1]].exp(), t[:, other[1]].exp())
             return weight * matched + rest * unmatched
 
-        columns = (
-            pair.student.hidden[rows - 1],
-            likelihood,
-            pair.teacher.hidden[others - 1],
-            target,
-        )
-        total = pair.student.hidden.new_zeros((), dtype=torch.float32)
-        for part in zip(*(x.split(ROWS) for x in columns), strict=True):
-            total = total + checkpoint(distance, *part, use_reentrant=False)
-        return total
+        states = pair.student.hidden[rows - 1]
+        return sum_by_chunks(distance, states, pair.student.head, likelihood, rows=ROWS)
 
     def _merge(self, side: Side, spans: Tensor) -> tuple[Tensor, Tensor]:
         """``[S]``, the row of each span whose distribution is kept, and the log-likelihood of its
@@ -99,7 +96,7 @@ class GOLD(Baseline):
         rows, span = (x[rows != kept[span]] for x in (rows, span))
 
         def observed(states: Tensor, ids: Tensor) -> Tensor:
-            return self._log_probabilities(side, states).gather(1, ids[:, None])[:, 0]
+            return self._log_probabilities(side.head, states).gather(1, ids[:, None])[:, 0]
 
         dtype = torch.promote_types(side.head.weight.dtype, torch.float32)
         total = torch.zeros(len(spans), dtype=dtype, device=spans.device)
@@ -109,8 +106,8 @@ class GOLD(Baseline):
             total = total.index_add(0, at, found)
         return kept, total
 
-    def _log_probabilities(self, side: Side, states: Tensor) -> Tensor:
-        return (side.head.logits(states) / self.temperature).log_softmax(dim=-1)
+    def _log_probabilities(self, head: Head, states: Tensor) -> Tensor:
+        return (head.logits(states) / self.temperature).log_softmax(dim=-1)
 
     def _parts(self, pair: Pair) -> list[tuple[Tensor, Tensor]]:
         """Matched and unmatched entries of both sides; the matched ones in one order."""

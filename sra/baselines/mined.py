@@ -46,7 +46,7 @@ class EditVocabulary(SharedVocabulary):
         **options: Any,
     ) -> None:
         student, teacher = byte_tokenizer(student_tokenizer), byte_tokenizer(teacher_tokenizer)
-        super().__init__(student, teacher, student_rows=student_rows, **options)
+        super().__init__(student_tokenizer, teacher_tokenizer, student_rows=student_rows, **options)
         self.student_bytes, self.teacher_bytes = spellings(student), spellings(teacher)
         by_length = defaultdict(list)
         for i, piece in enumerate(self.student_bytes[:student_rows]):

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sra.baselines.baseline import Baseline, Pair, lined_up
 from sra.baselines.ranks import sorted_distance
+from sra.chunks import sum_by_chunks
+from sra.model import Head
 
 ROWS = 64  # whose two distributions are sorted at once: 64 * 150,000 fp32 is 38 MB
 
@@ -31,20 +32,15 @@ class ULD(Baseline):
 
     def loss(self, pair: Pair, projections: Sequence[Tensor]) -> Tensor:
         rows, others = lined_up(pair)
-        total = pair.student.hidden.new_zeros((), dtype=torch.float32)
-        states = (
-            pair.student.hidden[rows - 1].split(ROWS),
-            pair.teacher.hidden[others - 1].split(ROWS),
-        )
-        for own, other in zip(*states, strict=True):
-            total = total + checkpoint(self._distance, pair, own, other, use_reentrant=False)
-        return total
+        theirs = pair.teacher.hidden[others - 1]
 
-    def _distance(self, pair: Pair, own: Tensor, other: Tensor) -> Tensor:
-        """The teacher's is made again in the backward: all of them are as large as all logits."""
-        with torch.no_grad():
-            target = self._probabilities(pair.teacher.head.logits(other))
-        return sorted_distance(self._probabilities(pair.student.head.logits(own)), target)
+        def distance(states: Tensor, head: Head, here: slice) -> Tensor:
+            with torch.no_grad():
+                target = self._probabilities(pair.teacher.head.logits(theirs[here]))
+            return sorted_distance(self._probabilities(head.logits(states)), target)
+
+        states = pair.student.hidden[rows - 1]
+        return sum_by_chunks(distance, states, pair.student.head, rows=ROWS)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return (logits / self.temperature).softmax(dim=-1)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from sra.chunks import ROWS as CHUNK
 from sra.doctor.workload import Shape, Work, count_parameters, trace
 from sra.main_memory import available_bytes
 from sra.objective import DEFAULT, RECIPES, Objective
-from sra.respelling import ROWS as CHUNK
 from sra_kernels import explain, linear_span_kl
 
 GEMM_BUDGET = 2.0  # seconds that measuring the products may take

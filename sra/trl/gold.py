@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sra.chunks import ROWS
 from sra.data import IGNORED
-from sra.respelling import ROWS, Places, in_order, in_spans, respelled_kl_of_logits
+from sra.respelling import Places, in_order, in_spans, respelled_kl_of_logits
 from sra.trl.samples import Pairs, SampleAligner
 from sra.vocabulary import SharedVocabulary
 from sra_kernels import span_kl

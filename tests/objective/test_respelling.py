@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sra import SpanDistiller, recipe, respelling
+from sra import SpanDistiller, chunks, recipe
 from sra.model import Head
 from sra.objective import Objective
 from sra.respelling import (
@@ -245,7 +245,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         return total.detach(), shared, hidden.grad, weight.grad
 
     whole = both()
-    monkeypatch.setattr(respelling, "ROWS", 3)
+    monkeypatch.setattr(chunks, "ROWS", 3)
     for part, same in zip(both(), whole, strict=True):
         torch.testing.assert_close(part, same)
 
@@ -255,7 +255,7 @@ def test_sums_of_low_precision_are_kept_in_float32(monkeypatch):
     student, teacher, offsets = sides(WORDS * 20)
 
     def gradient(dtype, rows):
-        monkeypatch.setattr(respelling, "ROWS", rows)
+        monkeypatch.setattr(chunks, "ROWS", rows)
         weight = student.head.weight.to(dtype, copy=True).requires_grad_()
         one = student._replace(hidden=student.hidden.to(dtype), head=Head(weight))
         respelled_kl(one, teacher, offsets, TREE, 1.0)[0].backward()

@@ -1,0 +1,87 @@
+"""Sums over rows as wide as a vocabulary, of which a few are held at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sra.model import Head
+
+ROWS = 256  # whose logits are held at once: 256 * 150,000 fp32 is 154 MB
+
+
+def sum_by_chunks(
+    part: Callable[..., Tensor],
+    states: Tensor,
+    head: Head,
+    *columns: Tensor,
+    rows: int | None = None,
+) -> Tensor:
+    """Sum of ``part(states, head, slice, *columns)`` over chunks of rows.
+
+    Their gradients are formed at once, so that nothing as wide as a vocabulary outlives its chunk,
+    and nothing is computed twice. fp32 or wider.
+
+    Args:
+        states: ``[N, D]``, of which a chunk is given to `part`, with the place of it.
+        head: gradients go to its weight and bias.
+        columns: ``[N, ...]`` more to be cut into chunks, with gradient where they ask for it.
+        rows: of a chunk (None: `ROWS`).
+    """
+    learns = torch.is_grad_enabled()  # which `forward` below cannot ask
+    inputs = head.weight, head.bias, states, *columns
+    wanted = [learns and x is not None and x.requires_grad for x in inputs]
+    return _SumByChunks.apply(part, head, rows or ROWS, wanted, *inputs)
+
+
+class _SumByChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Callable[..., Tensor],
+        head: Head,
+        rows: int,
+        wanted: Sequence[bool],
+        weight: Tensor,
+        bias: Tensor | None,
+        states: Tensor,
+        *columns: Tensor,
+    ) -> Tensor:
+        inputs = weight, bias, states, *columns
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        total = states.new_zeros((), dtype=dtype)
+        grads = [
+            torch.zeros_like(x, dtype=dtype) if x is not None and want else None
+            for x, want in zip(inputs, wanted, strict=True)
+        ]
+        for start in range(0, len(states), rows):
+            here = slice(start, start + rows)
+            places = [slice(None), slice(None)] + [here] * (len(inputs) - 2)
+            own: list[Any] = [
+                None if x is None else x[place].detach().requires_grad_(want)
+                for x, place, want in zip(inputs, places, wanted, strict=True)
+            ]
+            with torch.set_grad_enabled(any(wanted)):
+                value = part(own[2], head._replace(weight=own[0], bias=own[1]), here, *own[3:])
+            total += value.detach()
+            leaves = [x for x in own if x is not None and x.requires_grad]
+            found = iter(torch.autograd.grad(value, leaves) if leaves else ())
+            for grad, place in zip(grads, places, strict=True):
+                if grad is not None:
+                    grad[place] += next(found)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [
+            None if grad is None else (above * grad).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, None, None, None, *grads
