@@ -73,6 +73,7 @@ class SharedVocabulary:
         self.student_ids, self.teacher_ids = torch.tensor(shared, dtype=torch.int64).unbind(1)
         self._tries: dict[torch.device, Trie] = {}
 
+    @torch.compiler.disable  # bytes, dictionaries and a tokenizer, once
     def trie(self, device: torch.device) -> Trie:
         """How the student spells every entry of the teacher's, shared or not; made when it is first
         asked for (2 s for 150,000 entries), and kept on each device.

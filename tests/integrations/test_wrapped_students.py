@@ -243,6 +243,19 @@ def test_compiled_students(batch, how, attention):
         assert_same(got, want, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["respell", "boundary"])
+def test_a_compiled_distiller(batch, name):
+    """As `torch_compile=True` of a Trainer does it."""
+    module = distiller(tiny.student_model(torch.float64), OBJECTIVES[name])
+    want_out, want = gradients(module, batch)
+    want = {name: grad.clone() for name, grad in want.items()}
+    module.vocabularies[0]._tries.clear()  # made when it is first asked for
+    torch._dynamo.reset()
+    out, got = gradients(torch.compile(module, backend="eager"), batch)
+    torch.testing.assert_close(out.loss, want_out.loss, rtol=1e-12, atol=0)
+    assert_same(got, want, rtol=1e-9, atol=1e-14)
+
+
 def test_the_compiled_trunk_runs_whole_and_is_not_compiled_again():
     """Recording the attention mass breaks no graph, and widths that change compile once more."""
     graphs = []
