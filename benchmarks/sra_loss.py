@@ -146,7 +146,7 @@ def inputs(case: Case) -> Inputs:
 
 def ours(x: Inputs) -> Job:
     student, teacher = x.student, x.teacher
-    counts = torch.tensor([1, len(student.spans), len(student.flat_spans)])
+    counts = torch.tensor([1, len(student.spans), len(student.flat_spans), 1])
 
     def loss() -> Tensor:
         masses = [

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sra import TeacherCache
+from sra.model import check_head
 from sra.states import model_states
 from tests import tiny
 from tests.distiller.cases import SPAN_RECIPES, assert_same, distiller, gradients, wider
@@ -30,6 +31,7 @@ class Counted(nn.Module):
         self.model = model
         self.config = model.config
         self.texts = 0
+        check_head(model)  # once, with a text of its own
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
