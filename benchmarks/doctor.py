@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sra.data import IGNORED
     from sra.distiller import SpanDistiller
     from sra.doctor.planner import measure, predict
+    from sra.loading import load_model, load_tokenizer, resolve_model
     from sra.objective import recipe
-    from sra.packages import fetch_instructions, load_model, load_tokenizer, resolve_model
+    from sra.packages import fetch_instructions
     from sra.progress import reset_peak, resident
     from sra.vocabulary import SharedVocabulary
 

@@ -23,9 +23,10 @@ import torch
 from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
 from sra.distiller import SpanDistiller
+from sra.loading import load_model, load_tokenizer
 from sra.model import head_rows
 from sra.objective import recipe
-from sra.packages import fetch_instructions, load_model, load_tokenizer
+from sra.packages import fetch_instructions
 from sra.precision import faster_dtype
 from sra.teacher_cache import DiskCache
 from sra.teacher_cache.files import DTYPES, read_index

@@ -40,9 +40,10 @@ from sra.collator import SpanCollator
 from sra.data import IGNORED
 from sra.demo import BATCH, MAX_TOKENS, prune_layers
 from sra.distiller import SpanDistiller
+from sra.loading import load_model, load_tokenizer
 from sra.model import Head, head_of
 from sra.objective import LayerPair, combine, recipe, span_losses
-from sra.packages import fetch_instructions, load_model, load_tokenizer
+from sra.packages import fetch_instructions
 from sra.states import model_states
 from sra.teacher_cache import TeacherCache
 from sra.vocabulary import SharedVocabulary

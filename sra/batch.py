@@ -35,12 +35,11 @@ def count_items(batches: Iterable[Mapping[str, Any]]) -> Tensor:
     """
     tokens = sequences = spans = told = 0
     for batch in batches:
-        labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-        tokens += labelled
+        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
         for teacher in batch.get("teachers", ()):
             sequences += len(teacher["span_offsets"]) - 1
             spans += len(teacher["student_spans"])
-            told += int(teacher["labelled"].sum()) if "labelled" in teacher else labelled
+            told += int(teacher["labelled"].sum())
     return torch.tensor([tokens, sequences, spans, told], dtype=torch.float64)
 
 
@@ -52,7 +51,7 @@ def own_counts(labels: Tensor, teachers: Sequence[Mapping[str, Tensor]]) -> Tens
     tokens = (labels[:, 1:] != IGNORED).sum()
     told = torch.zeros_like(tokens)
     for teacher in teachers:
-        told += teacher["labelled"].sum().to(told.device) if "labelled" in teacher else tokens
+        told += teacher["labelled"].sum().to(told.device)
     counts = torch.tensor([0, sequences, spans, 0], dtype=dtype).to(labels.device)
     counts[0], counts[3] = tokens, told
     return counts

@@ -92,12 +92,12 @@ def render_prompt(tokenizer: Any, prompt: str, *, chat_template: bool = True) ->
 
 
 def turn_end(tokenizer: Any, *, chat_template: bool = True) -> str:
-    """What ends the assistant's turn: the special token that the chat template writes behind it,
-    with the white space before it; without a template, or such a token, the end of a sequence."""
-    written = ""
-    if chat_template and tokenizer.chat_template:
-        written = _written_end(tokenizer, len(tokenizer), str(tokenizer.chat_template))
-    return written or tokenizer.eos_token or ""
+    """What ends the assistant's turn: the special token, and white space before it, that the chat
+    template writes; without a template, or such a token, the end of a sequence."""
+    eos = tokenizer.eos_token or ""
+    if not (chat_template and tokenizer.chat_template):
+        return eos
+    return _written_end(tokenizer, len(tokenizer), str(tokenizer.chat_template)) or eos
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
@@ -109,9 +109,8 @@ def turn_end_id(tokenizer: Any) -> int | None:
 @functools.lru_cache(maxsize=16)
 def _written_end(tokenizer: Any, size: int, template: str) -> str:
     """Empty if the template refuses an answer. `size` and `template` are there for the cache."""
-    turns = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
     try:
-        text = _written(tokenizer, turns)
+        text = _written(tokenizer, [{"role": x, "content": _MARK} for x in ("user", "assistant")])
     except ValueError:
         return ""
     end = text.rfind(_MARK) + len(_MARK)
@@ -142,8 +141,7 @@ def render(
       ``chat_template=False``): the tools as JSON and each message on a line; in place of the line
       break, the end-of-sequence token after what the assistant says. One user and one assistant
       message are then written like a prompt and a completion.
-    - ``{"text"}``: the start token if the tokenizer puts one in front of a text, the text, the
-      end-of-sequence token.
+    - ``{"text"}``: the start token if the tokenizer has it there, the text, the end of sequence.
 
     A row with messages is read as messages, whatever else it holds.
 
@@ -167,8 +165,7 @@ def render(
             return _Templated(tokenizer, messages, tools).rendering(chosen)
         return _plain(tokenizer, messages, tools, chosen)
     if row.get("completion") is not None:
-        said = clean_text(row["completion"])
-        prompt = clean_text(row["prompt"])
+        said, prompt = clean_text(row["completion"]), clean_text(row["prompt"])
         before = render_prompt(tokenizer, prompt, chat_template=chat_template)
         after = turn_end(tokenizer, chat_template=chat_template)
     else:

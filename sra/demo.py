@@ -29,8 +29,9 @@ from sra.collator import SpanCollator
 from sra.config import SRAConfig
 from sra.distiller import SpanDistiller
 from sra.evaluation import bits_per_byte
+from sra.loading import load_model, load_tokenizer
 from sra.objective import Objective
-from sra.packages import fetch_instructions, load_model, load_tokenizer
+from sra.packages import fetch_instructions
 from sra.precision import faster_dtype
 from sra.progress import peak_gib, reset_peak
 from sra.teacher_cache import TeacherCache

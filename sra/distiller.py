@@ -31,7 +31,7 @@ from sra.states import States, model_states, run_trunk, trunk_inputs
 from sra.tied import with_tied, without_tied
 from sra.vocabulary import SharedVocabulary, check_heads
 
-SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets")
+SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets", "labelled")
 
 
 @dataclass

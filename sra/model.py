@@ -13,8 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_checked: WeakSet[nn.Module] = WeakSet()  # by check_head
-
 
 class States(NamedTuple):
     """What distillation reads from a model: one entry for each layer asked for.
@@ -136,6 +134,9 @@ def head_of(model: Any) -> Head:
         scale=logit_scale(config),
         softcap=logit_softcap(config),
     )
+
+
+_checked: WeakSet[nn.Module] = WeakSet()  # by check_head
 
 
 def check_head(model: Any) -> None:

@@ -50,8 +50,9 @@ from sra.allocator import give_back_memory, keep_freed_memory
 from sra.baselines.sft import teacher_completions
 from sra.demo import prune_layers, remember
 from sra.evaluation import evaluate, span_agreement
+from sra.loading import load_model, load_tokenizer
 from sra.model import head_rows
-from sra.packages import fetch_instructions, load_model, load_tokenizer
+from sra.packages import fetch_instructions
 from sra.precision import faster_dtype
 from sra.progress import peak_gib, reset_peak
 

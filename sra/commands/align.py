@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         )
     from sra.alignment import SpanAligner
     from sra.alignment_page import alignment_page
-    from sra.packages import load_tokenizer
+    from sra.loading import load_tokenizer
 
     text = args.text if args.text is not None else sys.stdin.read()
     aligner = SpanAligner(

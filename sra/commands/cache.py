@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sra.data import load_rows
-    from sra.packages import load_model, load_tokenizer
+    from sra.loading import load_model, load_tokenizer
     from sra.precision import faster_dtype
     from sra.teacher_cache.files import is_cache, read_manifest
     from sra.teacher_cache.writer import CacheWriter, teacher_sequences

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
     from sra.allocator import keep_freed_memory
     from sra.data import load_rows, stream_rows
+    from sra.loading import load_model, load_tokenizer
     from sra.model import loaded_whole
-    from sra.packages import load_model, load_tokenizer
     from sra.run_record import check_settings, last_checkpoint, write_record
     from sra.trainer import CHECKED_ROWS, SRATrainer
 
@@ -185,7 +185,7 @@ def _options(given: Any, revision: str | None) -> dict[str, Any]:
 def _teachers(given: Any, config: Any, options: dict[str, Any]) -> list[Any]:
     import torch
 
-    from sra.packages import load_model
+    from sra.loading import load_model
     from sra.teacher_cache import DiskCache, TeacherCache
 
     if given.teacher_cache:

@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from sra.data import load_rows
     from sra.doctor import diagnose
     from sra.doctor.planner import available_memory
+    from sra.loading import load_config, load_tokenizer, resolve_model
     from sra.objective import recipe, vocabulary_match
-    from sra.packages import load_config, load_tokenizer, resolve_model
     from sra.precision import faster_dtype
 
     every = load_rows(args.data)

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sra.evaluation.scores import Teacher, evaluate, load_references
-    from sra.packages import load_model, load_tokenizer
+    from sra.loading import load_model, load_tokenizer
 
     check_positive(args, "limit", "batch_size", "max_length", "max_prompt_length")
     rows = load_references(args.data)[: args.limit]

@@ -15,9 +15,9 @@ from sra.collator import SpanCollator
 from sra.distiller import SpanDistiller
 from sra.doctor.checks import Finding
 from sra.doctor.vocabulary_checks import MUCH_LOST
+from sra.loading import load_model
 from sra.model import head_rows
 from sra.objective import Objective
-from sra.packages import load_model
 from sra.progress import resident
 from sra.vocabulary import SharedVocabulary
 

@@ -157,9 +157,10 @@ def evaluate(
         if teacher is not None:
             keep("teacher_bits_per_byte", partial(bits, teacher.model, teacher.tokenizer))
             for name, one in (("bytes", tokenizer), ("teacher_bytes", teacher.tokenizer)):
-                results[name] = scored_bytes(
-                    one, plain, max_length=max_length, chat_template=chat_template
-                )
+                if name not in results:
+                    results[name] = scored_bytes(
+                        one, plain, max_length=max_length, chat_template=chat_template
+                    )
     if "agreement" in metrics and teacher is not None:
         keep("agreement", partial(agreement, teacher))
     if questions:

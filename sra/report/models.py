@@ -13,8 +13,8 @@ from sra.alignment import SpanAligner
 from sra.collator import SpanCollator
 from sra.evaluation.likelihood import bits_per_byte, scored_bytes
 from sra.evaluation.span_comparison import ComparedRow, agreement_of, compare_spans
+from sra.loading import load_model, load_tokenizer
 from sra.model import head_rows
-from sra.packages import load_model, load_tokenizer
 from sra.report.run import Report, SampleSpans
 from sra.run_record import last_checkpoint
 from sra.token_bytes import byte_tokenizer

@@ -79,6 +79,7 @@ class SpanULDLoss:
         self.options: dict[str, Any] = {
             "temperature": temperature, "direction": direction, "beta": beta, "outside": outside,
         }  # fmt: skip
+        self.tokenizers = student_tokenizer, teacher_tokenizer
         self.vocabulary_match = vocabulary_match
         self.crossentropy_weight = crossentropy_weight
         self.distillation_weight = distillation_weight
@@ -235,7 +236,7 @@ class SpanULDLoss:
     def _shared(self, student_logits: Tensor, teacher_logits: Tensor) -> SharedVocabulary:
         if self._vocabulary is None:
             self._vocabulary = SharedVocabulary(
-                self.aligner.student, self.aligner.teacher, match=self.vocabulary_match,
+                *self.tokenizers, match=self.vocabulary_match,
                 student_rows=student_logits.shape[-1], teacher_rows=teacher_logits.shape[-1],
             )  # fmt: skip
         return self._vocabulary

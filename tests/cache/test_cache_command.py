@@ -14,8 +14,8 @@ from sra import SpanAligner, SpanCollator, SpanDistiller, TeacherCache, recipe
 from sra.cli import main
 from sra.commands import cache
 from sra.demo import prune_layers
+from sra.loading import load_model, load_tokenizer
 from sra.model import head_rows
-from sra.packages import load_model, load_tokenizer
 from sra.teacher_cache import DiskCache
 from sra.teacher_cache.files import read_index
 from sra.teacher_cache.writer import CacheWriter, teacher_sequences

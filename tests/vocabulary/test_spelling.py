@@ -9,7 +9,8 @@ from real_tokenizers import load
 from torch import Tensor
 
 from sra import SharedVocabulary, SpanAligner
-from sra.packages import fetch_instructions, load_tokenizer
+from sra.loading import load_tokenizer
+from sra.packages import fetch_instructions
 from sra.respelling import in_order, in_spans, targets
 from sra.spelling import DEPTH, spellings, trie
 from sra.token_bytes import ByteTokenizer
