@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sra.data import IGNORED
 
+SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets", "labelled")
+
 
 def sequence_rows(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -63,3 +65,20 @@ def step_counts(own: Tensor, given: Tensor | int | None) -> Tensor:
         return own
     given = torch.as_tensor(given, dtype=own.dtype, device=own.device)
     return given if given.numel() == 4 else own * given / own[0].clamp(min=1)
+
+
+def check_teacher_inputs(teachers: Sequence[Mapping[str, Tensor]], count: int) -> None:
+    """Raise unless a batch has what the span terms of so many teachers need."""
+    if len(teachers) != count:
+        raise ValueError(
+            f"The batch holds {len(teachers)} 'teachers' and the distiller {count}. Make batches "
+            "with SpanCollator, with one aligner for each teacher; a transformers Trainer needs "
+            "remove_unused_columns=False."
+        )
+    for teacher in teachers:
+        for name in SPAN_INPUTS:
+            if name not in teacher:
+                raise ValueError(
+                    f"The batch holds no {name!r} of a teacher, which the span terms need. Make "
+                    "batches with SpanCollator."
+                )

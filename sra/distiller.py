@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sra.agreement import evenly_spaced, top_agreement
 from sra.baselines.baseline import Baseline, side_of
-from sra.batch import own_counts, step_counts
+from sra.batch import check_teacher_inputs, own_counts, step_counts
 from sra.data import IGNORED
 from sra.model import (
     Head,
@@ -26,12 +27,20 @@ from sra.model import (
     state_width,
     trunk_of,
 )
-from sra.objective import DEFAULT, RECIPES, LayerPair, Objective, SpanLosses, combine, span_losses
+from sra.objective import (
+    DEFAULT,
+    RECIPES,
+    LayerPair,
+    Objective,
+    SpanLosses,
+    combine,
+    label_weight,
+    span_losses,
+)
+from sra.respelling import Labels
 from sra.states import States, model_states, run_trunk, trunk_inputs
 from sra.tied import with_tied, without_tied
 from sra.vocabulary import SharedVocabulary, check_heads
-
-SPAN_INPUTS = ("input_ids", "student_spans", "teacher_spans", "span_offsets", "labelled")
 
 
 @dataclass
@@ -134,6 +143,11 @@ class SpanDistiller(nn.Module):
                     f"There are {len(self.teachers)} teachers and {len(getattr(self, name))} "
                     f"{name.replace('_', ' ')}. Pass one for each teacher, in the same order."
                 )
+        if min(self.teacher_weights) < 0 or not max(self.teacher_weights) > 0:
+            raise ValueError(
+                f"teacher_weights = {[*self.teacher_weights]}: none may be negative, and one must "
+                'be positive. To train without teachers, use recipe("cross-entropy").'
+            )
         for teacher, vocabulary in zip(self.teachers, self.vocabularies, strict=True):
             if teacher is self.student:
                 raise ValueError(
@@ -174,7 +188,7 @@ class SpanDistiller(nn.Module):
             )
         inputs = input_ids, attention_mask, position_ids
         if self.teachers:
-            self._check_batch(teachers)
+            check_teacher_inputs(teachers, len(self.teachers))
             student = model_states(
                 self.student, *inputs, layers=self.objective.side(0),
                 mass=self.objective.compares_centres,
@@ -183,16 +197,25 @@ class SpanDistiller(nn.Module):
         else:
             states = run_trunk(self.student, **trunk_inputs(*inputs)).last_hidden_state
         head = head_of(self.student).to(_compute_dtype(states))
-        ce = _cross_entropy(states, head, labels)
-        # Here, where that has waited for the device already.
+        own = own_counts(labels, teachers)
+        counts = step_counts(own, num_items_in_batch)
+        # Here, where the rows of the labels wait for the device too.
         spells = num_bytes is not None and bool(num_bytes.any())
 
-        terms = agreement = None
+        terms = agreement = ce = None
         if self.teachers:
             layout = dict(zip(("input_ids", "attention_mask", "position_ids"), inputs, strict=True))
-            terms, agreement = self._span_losses(student.rows(), head, layout, teachers)
-        own = own_counts(labels, teachers)
-        loss, parts = combine(self.objective, ce, terms, step_counts(own, num_items_in_batch))
+            with_logits = None
+            if self.objective.shares_logits:
+                behind = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+                with_logits = Labels(behind, label_weight(self.objective, counts))
+            terms, agreement = self._span_losses(
+                student.rows(), head, layout, teachers, with_logits
+            )
+            ce = terms.ce
+        if ce is None:
+            ce = _cross_entropy(states, head, labels)
+        loss, parts = combine(self.objective, ce, terms, counts)
         shared = None if terms is None else terms.shared_mass
         bits = None
         if num_bytes is not None and spells:
@@ -206,31 +229,21 @@ class SpanDistiller(nn.Module):
             **{name: part.detach() for name, part in parts.items()},
         )
 
-    def _check_batch(self, teachers: Sequence[Mapping[str, Tensor]]) -> None:
-        if len(teachers) != len(self.teachers):
-            raise ValueError(
-                f"The batch holds {len(teachers)} 'teachers' and the distiller {len(self.teachers)}"
-                ". Make batches with SpanCollator, with one aligner for each teacher; a "
-                "transformers Trainer needs remove_unused_columns=False."
-            )
-        for teacher in teachers:
-            for name in SPAN_INPUTS:
-                if name not in teacher:
-                    raise ValueError(
-                        f"The batch holds no {name!r} of a teacher, which the span terms need. "
-                        "Make batches with SpanCollator."
-                    )
-
     def _span_losses(
         self,
         student: States,
         head: Head,
         own: Mapping[str, Tensor | None],
         batches: Sequence[Mapping[str, Tensor]],
+        labels: Labels | None,
     ) -> tuple[SpanLosses, Tensor | None]:
-        """Sums over all teachers by their weights, and the mean agreement."""
+        """Sums over all teachers by their weights, and the mean agreement.
+
+        labels: of cross-entropy, which one of the teachers' terms then holds.
+        """
         sums: list[SpanLosses] = []
         agreements: list[Tensor] = []
+        heaviest = self.teacher_weights.index(max(self.teacher_weights))
         for index, (teacher, batch) in enumerate(zip(self.teachers, batches, strict=True)):
             device = student.hidden[-1].device
             batch = {name: x.to(device) for name, x in batch.items()}
@@ -257,7 +270,10 @@ class SpanDistiller(nn.Module):
                     projectors,
                 )
             else:
-                sides = spelt = None
+                sides = spelt = its_labels = None
+                if labels is not None and index == heaviest:
+                    weight = labels.weight / self.teacher_weights[index]
+                    its_labels = labels._replace(weight=weight)
                 if objective.needs_sides:
                     sides = side_of(self.student, *mine), side_of(teacher, *others)
                 if objective.outside == "respell" and vocabulary is not None:
@@ -283,10 +299,11 @@ class SpanDistiller(nn.Module):
                     ],
                     sides=sides,
                     spelt=spelt,
+                    labels=its_labels,
                 )  # fmt: skip
             sums.append(terms.scaled(self.teacher_weights[index]))
             if self.agreement_spans and len(batch["student_spans"]):
-                rows = _sample(len(batch["student_spans"]), self.agreement_spans, device)
+                rows = evenly_spaced(len(batch["student_spans"]), self.agreement_spans, device)
                 agreements.append(
                     top_agreement(
                         student.hidden[-1][batch["student_spans"][rows, 1] - 1],
@@ -359,30 +376,6 @@ def _warn_if_compiled_in_vain(student: Any) -> None:
 
 def _each(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-@torch.no_grad()
-def top_agreement(
-    student: Tensor,
-    student_head: Head,
-    teacher: Tensor,
-    teacher_head: Head,
-    vocabulary: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Share of rows whose most likely entry of the shared vocabulary is the same on both sides.
-
-    Args:
-        student, teacher: ``[S, Ds]``, ``[S, Dt]``, post-final-norm states at the ends of spans.
-    """
-    own, other = student_head.logits(student), teacher_head.logits(teacher)
-    if vocabulary is not None:
-        own, other = own[:, vocabulary[0]], other[:, vocabulary[1]]
-    return (own.argmax(-1) == other.argmax(-1)).float().mean()
-
-
-def _sample(count: int, most: int, device: torch.device) -> Tensor:
-    """Up to `most` of `count` indices, evenly spaced."""
-    return torch.linspace(0, count - 1, min(count, most), device=device).long()
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

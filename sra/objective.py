@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sra.likelihood import span_likelihood
 from sra.model import Head
-from sra.respelling import respelled_kl
+from sra.respelling import Labels, respelled_kl
 from sra.side import Side
 from sra.spelling import Trie
 from sra.vocabulary import SharedVocabulary
@@ -124,6 +124,11 @@ class Objective:
         return self.likelihood > 0 or self.outside == "respell"
 
     @property
+    def shares_logits(self) -> bool:
+        """Whether the logit term forms cross-entropy too, of the same logits of the student."""
+        return self.logit > 0 and self.outside == "respell"
+
+    @property
     def needs_teacher(self) -> bool:
         weights = self.cosine, self.gamma, self.logit, self.likelihood
         return self.alpha < 1 and any(weight > 0 for weight in weights)
@@ -195,6 +200,8 @@ class SpanLosses(NamedTuple):
 
     shared_mass: the teacher's probability of the shared vocabulary, or of what the student can
         spell, where `outside` computes it.
+    ce: of the labels, where the logit term forms it, and its gradient (`Objective.shares_logits`);
+        with several teachers, one of them does.
     """
 
     cosine: Tensor
@@ -202,6 +209,7 @@ class SpanLosses(NamedTuple):
     logit: Tensor
     shared_mass: Tensor | None
     likelihood: Tensor
+    ce: Tensor | None = None
 
     def scaled(self, weight: float) -> SpanLosses:
         """Every loss times `weight`; the share of the vocabulary is no loss."""
@@ -220,6 +228,7 @@ class SpanLosses(NamedTuple):
             self.logit + other.logit,
             shared,
             self.likelihood + other.likelihood,
+            self.ce if other.ce is None else other.ce,
         )
 
 
@@ -252,6 +261,7 @@ def span_losses(
     pairs: Sequence[LayerPair],
     sides: tuple[Side, Side] | None = None,
     spelt: Trie | None = None,
+    labels: Labels | None = None,
 ) -> SpanLosses:
     """The span terms as sums over the batch.
 
@@ -267,6 +277,7 @@ def span_losses(
         sides: student and teacher with their tokens, which the likelihood term and "respell" need.
         spelt: how the student spells the teacher's vocabulary, which "respell" needs; None for one
             vocabulary.
+        labels: what "respell" forms cross-entropy of.
     """
 
     def centres(hidden: Tensor, spans: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,9 +311,11 @@ def span_losses(
     if objective.gamma:
         geometry = span_geometry(student_com, teacher_com, weight, offsets).sum()
     shared: Tensor | None = None
+    ce: Tensor | None = None
     if objective.logit and objective.outside == "respell":
         assert sides is not None
-        logit, shared = respelled_kl(*sides, offsets, spelt, objective.temperature)
+        logit, shared, summed = respelled_kl(*sides, offsets, spelt, objective.temperature, labels)
+        ce = None if labels is None else summed
     elif objective.logit:
         if objective.logit_state == "com":
             states = student_com, teacher_com
@@ -338,7 +351,20 @@ def span_losses(
     if objective.likelihood:
         assert sides is not None
         likelihood = span_likelihood(*sides, objective.likelihood_temperature)
-    return SpanLosses(cosine, geometry, logit, shared, likelihood)
+    return SpanLosses(cosine, geometry, logit, shared, likelihood, ce)
+
+
+def label_weight(objective: Any, counts: Tensor) -> Tensor:
+    """Of the sum of cross-entropy, beside the sum of the logit term, in the loss of `combine`."""
+    tokens, _, _, of_logit = _divisors(objective, counts)
+    return objective.alpha / ((1 - objective.alpha) * objective.logit) * of_logit / tokens
+
+
+def _divisors(objective: Any, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Label tokens, sequences and spans; and which of these the logit term is divided by."""
+    tokens, sequences, spans, told = counts.clamp(min=1).unbind()
+    by = {"tokens": told, "sequences": sequences, "spans": spans}
+    return tokens, sequences, spans, by[objective.normaliser]
 
 
 def combine(
@@ -353,13 +379,12 @@ def combine(
             teachers: of all of them together), so that the gradient does not depend on how the step
             is split into micro-batches or ranks.
     """
-    tokens, sequences, spans, told = counts.clamp(min=1).unbind()
+    tokens, sequences, spans, of_logit = _divisors(objective, counts)
     ce = ce / tokens
     if terms is None:
         return objective.alpha * ce, {"ce": ce}
     cosine, geometry = terms.cosine / sequences, terms.geometry / sequences
-    by = {"tokens": told, "sequences": sequences, "spans": spans}
-    logit = terms.logit / by[objective.normaliser]
+    logit = terms.logit / of_logit
     span = objective.cosine * cosine + objective.gamma * geometry + objective.logit * logit
     parts = {"ce": ce, "cosine": cosine, "geometry": geometry, "logit": logit}
     if objective.likelihood:

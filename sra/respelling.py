@@ -18,10 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra.chunks import sum_by_chunks
+from sra.data import IGNORED
 from sra.model import Head
 from sra.side import Side, rows_of
 from sra.spelling import DEPTH, Trie
 from sra_kernels import span_com, span_kl
+
+
+class Labels(NamedTuple):
+    """What cross-entropy is formed of.
+
+    ids: ``[N]``, of the token behind each row; `IGNORED` where there is none.
+    weight: of its sum, beside the sum of the divergences.
+    """
+
+    ids: Tensor
+    weight: Tensor | float
+
+
+class Respelled(NamedTuple):
+    """What `respelled_kl` gives, fp32 or wider.
+
+    shared: times the number of spans, the mean of the weights where both sides end a token.
+    cross_entropy: sum over the labels, without gradient: `kl` has it.
+    """
+
+    kl: Tensor
+    shared: Tensor
+    cross_entropy: Tensor
 
 
 def respelled_kl(
@@ -30,10 +54,10 @@ def respelled_kl(
     offsets: Tensor,
     spelt: Trie | None,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
+    labels: Labels | None = None,
+) -> Respelled:
     """Sum over `places` of weight * KL(teacher, respelt || student), and over the other tokens in
-    spans of -log p(token), fp32 or wider; and, times the number of spans, the mean of the weights
-    where both sides end a token.
+    spans of -log p(token).
 
     The weight, a constant, is the probability of what has a spelling and goes on behind what the
     student has said; inside that, the target sums to 1. The student's softmax is over its whole
@@ -41,33 +65,53 @@ def respelled_kl(
     are none. Gradient to the student's states, head and bias, formed in the forward pass; linear
     in what comes from above. Same input, same bits.
 
+    Cross-entropy needs the same logits, which are most of a step's work beside the layers': with
+    `labels` they are formed once for both, and the gradient of `kl` is that of
+    kl + labels.weight * cross_entropy.
+
     Args:
         offsets: ``[B + 1]``, the spans of each sequence.
         spelt: how the student spells the teacher's vocabulary; None if they are one.
     """
     at = places(student, teacher, offsets, spelt)
-    _, rows = rows_of(student.spans)
-    untold = rows[~student.first[rows]] - 1
-    untold = untold[~torch.isin(untold, at.rows)]
-    shared = []
+    _, inside = rows_of(student.spans)
+    inside = inside[~student.first[inside]] - 1
+    untold = inside[~torch.isin(inside, at.rows)]
+    if labels is None:
+        labels = Labels(torch.full_like(student.ids, IGNORED), 0.0)
+    labelled = (labels.ids != IGNORED).nonzero().flatten()
+    more = torch.cat([untold, labelled[~torch.isin(labelled, at.rows)]]).unique()
+    rows = torch.cat([at.rows, more])
+    alone, known = torch.isin(rows, untold), labels.ids[rows] != IGNORED
+    targets = torch.where(alone, student.ids[(rows + 1) % len(student.ids)], labels.ids[rows])
+    kls, weights, losses = [], [], []
+
+    def divergence(states: Tensor, head: Head, part: slice) -> Tensor:
+        here = Places(*(x[part] for x in at))
+        logits = head.logits(states)
+        kl, weight = respelled_kl_of_logits(
+            logits[: len(here.rows)], teacher_logits, here, spelt, temperature
+        )
+        loss = F.cross_entropy(logits, targets[part], reduction="none", ignore_index=IGNORED)
+        told = kl.sum() + torch.where(alone[part], loss, 0).sum()
+        own = torch.where(known[part], loss, 0).sum()
+        kls.append(told.detach())
+        weights.append(weight)
+        losses.append(own.detach())
+        return told + labels.weight * own
 
     def teacher_logits(rows: Tensor) -> Tensor:
         return teacher.head.logits(teacher.hidden[rows])
 
-    def divergence(states: Tensor, head: Head, part: slice) -> Tensor:
-        here = Places(*(x[part] for x in at))
-        known, rest = head.logits(states).split([len(here.rows), len(states) - len(here.rows)])
-        kl, weight = respelled_kl_of_logits(known, teacher_logits, here, spelt, temperature)
-        shared.append(weight)
-        begin = max(part.start - len(at.rows), 0)
-        labels = student.ids[untold[begin : begin + len(rest)] + 1]
-        return kl.sum() + F.cross_entropy(rest, labels, reduction="sum")
-
-    states = student.hidden[torch.cat([at.rows, untold])]
-    total = sum_by_chunks(divergence, states, student.head)
-    if not shared:
-        return total, total.detach()
-    return total, torch.cat(shared).mean() * len(student.spans)
+    total = sum_by_chunks(divergence, student.hidden[rows], student.head)
+    if not len(rows):
+        return Respelled(total, total.detach(), total.detach())
+    known_weights = torch.cat(weights)
+    return Respelled(
+        torch.stack(kls).sum() + (total - total.detach()),
+        known_weights.sum() / max(len(known_weights), 1) * len(student.spans),
+        torch.stack(losses).sum(),
+    )
 
 
 def respelled_kl_of_logits(

@@ -49,6 +49,7 @@ class Baseline:
     likelihood: ClassVar[float] = 0.0
     logit: ClassVar[float] = 1.0
     compares_centres: ClassVar[bool] = False
+    shares_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

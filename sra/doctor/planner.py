@@ -224,9 +224,9 @@ def predict(
         "teacher": teacher_bytes,
         "optimiser": state * trained,
     }
-    moments = {
-        "the teacher's forward": {"activations": saved + teacher_width, "heads": head.kept_by_ce},
-        "the loss": {"activations": saved, "heads": head.kept_by_ce + head.forward},
+    moments: dict[str, dict[str, float]] = {
+        "the teacher's forward": {"activations": saved + teacher_width},
+        "the loss": {"activations": saved, "heads": head.forward},
         "the backward of the heads": {"activations": saved, "heads": head.backward},
         "the end of the backward": {"gradients": 4 * trained},
     }
@@ -270,8 +270,8 @@ def _heaviest(works: Iterable[Work]) -> list[Shape]:
 class Heads:
     """Bytes and work of the cross-entropy and of the span terms.
 
-    kept_by_ce, forward, backward: bytes that cross-entropy keeps, that the span terms need in the
-        forward, and that both need in the backward.
+    forward, backward: bytes that the span terms need in the forward, and that both need in the
+        backward; cross-entropy, formed last, needs most there.
     """
 
     def __init__(
@@ -285,25 +285,27 @@ class Heads:
         dtype: torch.dtype,
     ) -> None:
         rows, width = ours.vocab_size, ours.hidden_size
-        logits = labels * rows * 4
         gradient = rows * width * 4  # of the head
-        # log_softmax is kept; in the backward, the gradients of it and of the logits join it.
-        self.kept_by_ce = logits
-        self.forward = 0.0
-        self.backward = 3.0 * logits + gradient
-        gemms = Counter({(labels, rows, width): 1, (labels, width, rows): 1})
-        gemms[rows, width, labels] += 1
-        moved = 10.0 * logits
+        together = theirs is not None and objective.shares_logits and spans > 0
+        gemms: Counter[Shape] = Counter()
+        self.forward = self.backward = moved = 0.0
         self.exponentials = 2.0 * labels * rows
+        if not together:
+            # log_softmax is kept; in the backward, the gradients of it and of the logits join it.
+            logits = 4.0 * labels * rows
+            self.backward = 3 * logits + gradient
+            moved = 10 * logits
+            gemms += Counter([(labels, rows, width), (labels, width, rows), (rows, width, labels)])
         if theirs is not None and objective.logit and spans:
             our_rows, their_rows, places = rows, theirs.vocab_size, spans
             if objective.outside == "respell":
                 places = max(labels, spans)
                 # Of a chunk, the teacher's logits as they are multiplied and in float32, and their
-                # softmax; the student's, the target and gradients. And the head's gradient, with
-                # that of the chunk.
-                wide = 4.0 * min(places, CHUNK) * (3 * their_rows + 5 * our_rows)
+                # softmax; the student's, the target and gradients, and those of cross-entropy. And
+                # the head's gradient, with that of the chunk.
+                wide = 4.0 * min(places, CHUNK) * (3 * their_rows + 7 * our_rows)
                 self.forward = wide + 2 * gradient
+                moved += 28.0 * labels * rows
             else:
                 if shared is not None and objective.outside != "bucket":
                     our_rows = shared

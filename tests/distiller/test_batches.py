@@ -15,8 +15,8 @@ from transformers import (
     OPTConfig,
 )
 
-from sra import SpanAligner, SpanCollator, SpanDistiller, count_items, recipe
-from sra.distiller import top_agreement
+from sra import Objective, SpanAligner, SpanCollator, SpanDistiller, count_items, recipe
+from sra.agreement import top_agreement
 from sra.model import Head
 from sra.states import model_states
 from tests import tiny
@@ -192,6 +192,34 @@ def test_a_batch_without_a_row_for_one_of_the_teachers():
     assert grads["projectors.0.weight"].abs().max() > 0
 
 
+@pytest.mark.parametrize("seen_by", [None, "one", "two"])
+@pytest.mark.parametrize("normaliser", ["tokens", "sequences", "spans"])
+def test_cross_entropy_of_the_logit_term_s_logits_is_the_same(monkeypatch, seen_by, normaliser):
+    """Where the same rows meet the student's head once instead of twice, whoever teaches them."""
+    objective = recipe("respell", alpha=0.3, logit=0.7, normaliser=normaliser)
+    module = distiller(objective, teachers=2, weights=[0.5, 2.0])
+    rows = [{**row, "teacher": seen_by} if seen_by and i else row for i, row in
+            enumerate(tiny.ROWS)]  # fmt: skip
+    batch = two_teachers()(rows)
+    counts = 3 * count_items([batch])
+    logits, met = Head.logits, []
+
+    def counted(head, states):
+        if len(head.weight) == tiny.STUDENT_ROWS:
+            met.append(len(states))
+        return logits(head, states)
+
+    monkeypatch.setattr(Head, "logits", counted)
+    got, gotten = gradient(module, batch, num_items_in_batch=counts)
+    together = sum(met)
+    monkeypatch.setattr(Objective, "shares_logits", False)
+    want, wanted = gradient(module, batch, num_items_in_batch=counts)
+    assert_same(dict(got), dict(want))
+    assert_same(gotten, wanted)
+    apart = sum(met) - together
+    assert apart - together > (0 if seen_by else 0.8 * int(counts[0] / 3))
+
+
 def test_teachers_and_vocabularies_must_be_as_many():
     teachers = [tiny.teacher_model(), tiny.teacher_model()]
     with pytest.raises(ValueError, match="2 teachers and 1 vocabularies"):
@@ -201,6 +229,9 @@ def test_teachers_and_vocabularies_must_be_as_many():
             tiny.student_model(), teachers, ALL,
             vocabulary=[tiny.vocabulary()] * 2, teacher_weights=[1.0],
         )  # fmt: skip
+    for weights in ([1.0, -0.5], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="none may be negative, and one must be positive"):
+            distiller(teachers=2, weights=weights)
     with pytest.raises(ValueError, match="holds 1 'teachers' and the distiller 2"):
         distiller(teachers=2)(**collator()(tiny.ROWS))
 

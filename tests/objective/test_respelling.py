@@ -13,6 +13,7 @@ from sra import SpanDistiller, chunks, recipe
 from sra.model import Head
 from sra.objective import Objective
 from sra.respelling import (
+    Labels,
     by_first_token,
     by_spans_of_entries,
     places,
@@ -109,7 +110,7 @@ def by_hand(student, teacher, words, temperature=1.0):
 @pytest.mark.parametrize("bias", [False, True])
 def test_against_one_text_after_the_other(temperature, bias):
     student, teacher, offsets = sides(WORDS, bias=bias)
-    got, shared = respelled_kl(student, teacher, offsets, TREE, temperature)
+    got, shared, _ = respelled_kl(student, teacher, offsets, TREE, temperature)
     torch.testing.assert_close(got.item(), by_hand(student, teacher, WORDS, temperature))
     assert 0 < shared < len(WORDS)
 
@@ -142,10 +143,10 @@ def test_what_follows_a_span_that_no_other_follows_has_a_place():
 def test_no_gradient_is_formed_where_none_is_asked_for(mode, monkeypatch):
     student, teacher, offsets = sides(WORDS)
     learning = student._replace(head=Head(student.head.weight.clone().requires_grad_()))
-    want, _ = respelled_kl(learning, teacher, offsets, TREE, 2.0)
+    want, *_ = respelled_kl(learning, teacher, offsets, TREE, 2.0)
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("formed"))
     with mode():
-        got, _ = respelled_kl(learning, teacher, offsets, TREE, 2.0)
+        got, *_ = respelled_kl(learning, teacher, offsets, TREE, 2.0)
     assert got == want
     assert not got.requires_grad
 
@@ -199,7 +200,7 @@ def test_both_ways_of_summing(rows):
 def test_one_vocabulary_is_the_plain_divergence():
     _, teacher, offsets = sides(WORDS)
     same = teacher._replace(hidden=torch.randn(teacher.hidden.shape, dtype=torch.float64))
-    got, shared = respelled_kl(same, teacher, offsets, None, 2.0)
+    got, shared, _ = respelled_kl(same, teacher, offsets, None, 2.0)
     rows = torch.cat([teacher.spans[:, 0] - 1, teacher.spans[-1:, 1] - 1])
     p, q = ((x.head.logits(x.hidden[rows]) / 2).log_softmax(-1) for x in (teacher, same))
     inside = int(teacher.spans[3, 1]) - 1  # the second token of "a|b"
@@ -219,13 +220,82 @@ def test_the_gradient():
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+# Of some places, of a token that the teacher says nothing of, and of the prompt; not of others.
+LABELS = [0, 3, 4, 8, 11]
+
+
+def labels_of(student, weight=0.7):
+    ids = torch.full_like(student.ids, -100)
+    ids[LABELS] = student.ids[[row + 1 for row in LABELS]]
+    return Labels(ids, weight)
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_labels_share_the_logits(rows, monkeypatch):
+    """The same values as apart, and the sum of both gradients."""
+    monkeypatch.setattr(chunks, "ROWS", rows)
+    student, teacher, offsets = sides(WORDS, bias=True)
+    ids = student.ids.clone()
+    ids[1] = LETTERS.index("e")  # where the student spells otherwise
+
+    def both(labels):
+        inputs = [x.clone().requires_grad_() for x in (student.hidden, *student.head[:2])]
+        one = student._replace(ids=ids, hidden=inputs[0], head=Head(*inputs[1:]))
+        out = respelled_kl(one, teacher, offsets, TREE, 1.5, labels)
+        total = out.kl
+        if labels is None:
+            logits = one.head.logits(one.hidden[LABELS])
+            loss = F.cross_entropy(logits, ids[[row + 1 for row in LABELS]], reduction="sum")
+            out = out._replace(cross_entropy=loss.detach())
+            total = out.kl + 0.7 * loss
+        total.backward()
+        return *(x.detach() for x in out), *(x.grad for x in inputs)
+
+    assert set(LABELS) - set(
+        places(student._replace(ids=ids), teacher, offsets, TREE).rows.tolist()
+    )
+    assert student.spans[0, 0] - 1 in LABELS
+    together = both(labels_of(student._replace(ids=ids)))
+    for got, want in zip(together, both(None), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_gradient_with_labels():
+    student, teacher, offsets = sides(WORDS, bias=True)
+
+    def loss(hidden, weight, bias):
+        one = student._replace(hidden=hidden, head=Head(weight, bias))
+        out = respelled_kl(one, teacher, offsets, TREE, 1.5, labels_of(student))
+        return out.kl + 0.7 * out.cross_entropy
+
+    inputs = [x.clone().requires_grad_() for x in (student.hidden, *student.head[:2])]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_labels_alone():
+    """Where no sequence has a span."""
+    student, teacher, _ = sides(WORDS)
+    empty = student.spans[:0]
+    hidden = student.hidden.clone().requires_grad_()
+    one = student._replace(hidden=hidden, spans=empty)
+    labels = labels_of(student, weight=2.0)
+    other = teacher._replace(spans=empty)
+    out = respelled_kl(one, other, torch.tensor([0, 0]), TREE, 1.0, labels)
+    assert out.kl.item() == out.shared.item() == 0
+    out.kl.backward()
+    logits = hidden[LABELS] @ student.head.weight.T
+    loss = F.cross_entropy(logits, labels.ids[LABELS], reduction="sum")
+    torch.testing.assert_close(out.cross_entropy, loss.detach())
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(2 * loss, hidden)[0])
+
+
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "none"])
 def test_only_what_is_wanted_gets_a_gradient(wanted):
     student, teacher, offsets = sides(WORDS)
     hidden = student.hidden.clone().requires_grad_(wanted == "hidden")
     weight = student.head.weight.clone().requires_grad_(wanted == "weight")
     one = student._replace(hidden=hidden, head=Head(weight, softcap=5.0))
-    got, _ = respelled_kl(one, teacher, offsets, TREE, 1.0)
+    got, *_ = respelled_kl(one, teacher, offsets, TREE, 1.0)
     assert got.requires_grad == (wanted != "none")
     if wanted != "none":
         got.backward()
@@ -240,7 +310,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         hidden = student.hidden.clone().requires_grad_()
         weight = student.head.weight.clone().requires_grad_()
         one = student._replace(hidden=hidden, head=Head(weight))
-        total, shared = respelled_kl(one, teacher, offsets, TREE, 1.0)
+        total, shared, _ = respelled_kl(one, teacher, offsets, TREE, 1.0)
         total.backward()
         return total.detach(), shared, hidden.grad, weight.grad
 
@@ -269,7 +339,9 @@ def test_sums_of_low_precision_are_kept_in_float32(monkeypatch):
 def test_no_place_at_all():
     student, teacher, _ = sides([])
     hidden = student.hidden.clone().requires_grad_()
-    got, _ = respelled_kl(student._replace(hidden=hidden), teacher, torch.tensor([0, 0]), TREE, 1.0)
+    got, *_ = respelled_kl(
+        student._replace(hidden=hidden), teacher, torch.tensor([0, 0]), TREE, 1.0
+    )
     assert got.item() == 0
     got.backward()
     assert not hidden.grad.any()
@@ -282,7 +354,7 @@ def test_a_teacher_that_finds_the_text_impossible():
     bias[[i for i, text in enumerate(TEXTS) if text.startswith("a")]] = -1e9
     teacher = teacher._replace(head=teacher.head._replace(bias=bias))
     hidden = student.hidden.clone().requires_grad_()
-    got, _ = respelled_kl(student._replace(hidden=hidden), teacher, offsets, TREE, 1.0)
+    got, *_ = respelled_kl(student._replace(hidden=hidden), teacher, offsets, TREE, 1.0)
     got.backward()
     assert got.isfinite()
     assert hidden.grad.isfinite().all()
