@@ -118,20 +118,22 @@ class Bench:
         """Training rows with the teacher's own completions, for SeqKD; made once and kept.
 
         Those that fill all room are left out. Of Qwen's they were a twelfth of the answers and a
-        third of their tokens: lists without end, cut in the middle of a word.
+        third of their tokens: lists without end, cut in the middle of a word. A base model ends
+        none (Gemma's 256 answers all filled 128 tokens), so its are kept.
         """
         file = self.folder / "answers.jsonl"
         if not file.exists():
             asked = self.rows[DEV + TEST :][: max(regime.rows for regime in REGIMES.values())]
+            tokenizer = self.tokenizers[1]
             made = teacher_completions(
                 load_model(self.setting.teacher).to(self.dtype),
-                self.tokenizers[1],
+                tokenizer,
                 asked,
                 max_new_tokens=MAX_TOKENS,
-                keep_cut=False,
+                keep_cut=tokenizer.chat_template is None,
                 batch_size=16,
             )
-            print(f"{self.setting.teacher} ends {len(made.rows)} of {len(asked)} answers.")
+            print(f"{self.setting.teacher} ends {len(asked) - made.cut} of {len(asked)} answers.")
             part = file.with_suffix(".part")
             part.write_text("".join(json.dumps(row) + "\n" for row in made.rows))
             part.rename(file)

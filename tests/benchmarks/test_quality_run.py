@@ -65,6 +65,16 @@ def test_a_run_is_measured(setting, tmp_path, variant):
         assert all(row["completion"] != asked[row["prompt"]] for row in answered)
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_answers_without_an_end_are_kept_of_a_base_model_alone(
+    setting, tmp_path, monkeypatch, template
+):
+    bench = run.Bench(setting, tmp_path / "runs")
+    bench.tokenizers[1].chat_template = template
+    monkeypatch.setattr(run, "MAX_TOKENS", 1)  # in which nothing ends
+    assert bool(bench.answered()) == (template is None)
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 def test_what_is_not_trained_is_measured_on_the_same_rows(setting, tmp_path, name):
     bench = run.Bench(setting, tmp_path / "runs")
