@@ -133,7 +133,8 @@ class Bench:
                 keep_cut=tokenizer.chat_template is None,
                 batch_size=16,
             )
-            print(f"{self.setting.teacher} ends {len(asked) - made.cut} of {len(asked)} answers.")
+            ended = len(asked) - made.empty - made.cut
+            print(f"{self.setting.teacher} ends {ended} of {len(asked)} answers.")
             part = file.with_suffix(".part")
             part.write_text("".join(json.dumps(row) + "\n" for row in made.rows))
             part.rename(file)
