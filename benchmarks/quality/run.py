@@ -119,7 +119,7 @@ class Bench:
 
         Those that fill all room are left out. Of Qwen's they were a twelfth of the answers and a
         third of their tokens: lists without end, cut in the middle of a word. A base model ends
-        none (Gemma's 256 answers all filled 128 tokens), so its are kept.
+        none (of Gemma's 256, one was empty and all others filled the room), so its are kept.
         """
         file = self.folder / "answers.jsonl"
         if not file.exists():
