@@ -149,7 +149,7 @@ def _samples(report: Report) -> str:
         shown.append(("Rows in the middle", chosen))
         shown.append(("The best rows", [row for row in rest[-2:] if row not in chosen]))
     rows = "".join(
-        f'<tr><td class="figure"><a href="#row{s.row}">{s.row + 1}</a></td>'
+        f'<tr><td class="figure"><a href="#row{s.row + 1}">{s.row + 1}</a></td>'
         f'<td class="figure">{s.divergence:.2f}</td><td class="figure">{s.agreement:.0%}</td>'
         f'<td class="text">{_e(_short(s.context or "".join(p[0] for p in s.pieces), 90))}</td></tr>'
         for s in worst

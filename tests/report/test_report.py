@@ -273,6 +273,16 @@ def test_texts_are_never_markup(tmp_path):
     assert made.HOSTILE in Reader(text).text.replace("\n", " ")
 
 
+def test_every_link_leads_somewhere(tmp_path):
+    report = read_run(made.write_run(tmp_path / "run"))
+    report.samples = made.samples(8)
+    tags = Reader(page(report)).tags
+    places = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    links = [attributes["href"][1:] for tag, attributes in tags if tag == "a"]
+    assert set(links) <= set(places)
+    assert links[:5] == [place for place in places if place.startswith("row")][:5]
+
+
 def test_colours():
     assert [heat(bits) for bits in (0, 0.49, 0.5, 1, 1.9, 2, 4, 7.9, 8, 50)] == [
         0, 0, 1, 2, 2, 3, 4, 4, 5, 5
