@@ -149,7 +149,7 @@ def _samples(report: Report) -> str:
         shown.append(("Rows in the middle", chosen))
         shown.append(("The best rows", [row for row in rest[-2:] if row not in chosen]))
     rows = "".join(
-        f'<tr><td class="figure"><a href="#row{s.row + 1}">{s.row + 1}</a></td>'
+        f'<tr><td class="figure"><a href="#row{s.row}">{s.row}</a></td>'
         f'<td class="figure">{s.divergence:.2f}</td><td class="figure">{s.agreement:.0%}</td>'
         f'<td class="text">{_e(_short(s.context or "".join(p[0] for p in s.pieces), 90))}</td></tr>'
         for s in worst
@@ -158,7 +158,7 @@ def _samples(report: Report) -> str:
         "<h2>Where the student differs from its teacher</h2>"
         "<p>Each piece of text is coloured by how far apart the two models are, right after it, "
         "about what comes next (KL divergence, in bits). Underlined: their likeliest next tokens "
-        "differ. Point at a piece to see both. Rows count from 1.</p>"
+        "differ. Point at a piece to see both. Rows are counted from 0, as by sra doctor.</p>"
         f'<div class="key"><span>bits</span>{key}<i class="differ">other top token</i>'
         '<i class="none">in no span</i></div>'
         '<table class="worst"><thead><tr><th class="figure">Row</th><th class="figure">Bits a span'
@@ -173,13 +173,13 @@ def _samples(report: Report) -> str:
 
 
 def _sample(sample: SampleSpans) -> str:
-    row = sample.row + 1
     context = (
         f'<div class="context">{_e(_short(sample.context, 300))}</div>' if sample.context else ""
     )
     return (
-        f'<div class="sample" id="row{row}"><div class="head soft"><span>row {row}'
-        f"</span><span>{sample.divergence:.2f} bits a span</span>"
+        f'<div class="sample" id="row{sample.row}"><div class="head soft">'
+        f"<span>row {sample.row}</span>"
+        f"<span>{sample.divergence:.2f} bits a span</span>"
         f"<span>agreement {sample.agreement:.0%}</span></div>{context}"
         f'<div class="spans">{"".join(map(_piece, sample.pieces))}</div></div>'
     )
