@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sra.data import IGNORED
 from sra.model import Head
 
 ROWS = 256  # whose logits are held at once: 256 * 150,000 fp32 is 154 MB
+FEW = 1024  # labels whose logits need no more than the second gradient of a head that chunks need
 
 
 def sum_by_chunks(
@@ -38,6 +41,22 @@ def sum_by_chunks(
     return _SumByChunks.apply(part, head, rows or ROWS, wanted, *inputs)
 
 
+def cross_entropy(states: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Sum over label tokens. Rows without a label never meet the head.
+
+    states: ``[B, T, D]``; labels: ``[B, T]``, label i belongs to the state of i - 1.
+    """
+    wanted = labels[:, 1:] != IGNORED
+    states, targets = states[:, :-1][wanted], labels[:, 1:][wanted]
+
+    def part(states: Tensor, head: Head, here: slice) -> Tensor:
+        return F.cross_entropy(head.logits(states), targets[here], reduction="sum")
+
+    if len(targets) <= FEW:
+        return part(states, head, slice(None))
+    return sum_by_chunks(part, states, head)
+
+
 class _SumByChunks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,9 +73,13 @@ class _SumByChunks(torch.autograd.Function):
         inputs = weight, bias, states, *columns
         dtype = torch.promote_types(states.dtype, torch.float32)
         total = states.new_zeros((), dtype=dtype)
-        grads = [
-            torch.zeros_like(x, dtype=dtype) if x is not None and want else None
-            for x, want in zip(inputs, wanted, strict=True)
+        # Those of the head are begun by the first chunk: they are its largest, and zeros to add to
+        # would be as large again.
+        grads: list[Any] = [
+            torch.zeros_like(x, dtype=dtype)
+            if x is not None and want and (i >= 2 or not len(states))
+            else None
+            for i, (x, want) in enumerate(zip(inputs, wanted, strict=True))
         ]
         for start in range(0, len(states), rows):
             here = slice(start, start + rows)
@@ -70,9 +93,14 @@ class _SumByChunks(torch.autograd.Function):
             total += value.detach()
             leaves = [x for x in own if x is not None and x.requires_grad]
             found = iter(torch.autograd.grad(value, leaves) if leaves else ())
-            for grad, place in zip(grads, places, strict=True):
-                if grad is not None:
-                    grad[place] += next(found)
+            for i, (want, place) in enumerate(zip(wanted, places, strict=True)):
+                if not want:
+                    continue
+                grad = next(found)
+                if grads[i] is None:
+                    grads[i] = grad.to(dtype)
+                else:
+                    grads[i][place] += grad
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from sra.agreement import evenly_spaced, top_agreement
 from sra.baselines.baseline import Baseline, side_of
 from sra.batch import check_teacher_inputs, own_counts, step_counts
+from sra.chunks import cross_entropy
 from sra.data import IGNORED
 from sra.model import (
     Head,
@@ -214,7 +215,7 @@ class SpanDistiller(nn.Module):
             )
             ce = terms.ce
         if ce is None:
-            ce = _cross_entropy(states, head, labels)
+            ce = cross_entropy(states, head, labels)
         loss, parts = combine(self.objective, ce, terms, counts)
         shared = None if terms is None else terms.shared_mass
         bits = None
@@ -382,10 +383,3 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
     """The dtype in which the heads multiply: autocast's, where it is on."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-
-
-def _cross_entropy(states: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """Sum over label tokens. Rows without a label never meet the head."""
-    wanted = labels[:, 1:] != IGNORED
-    logits = head.logits(states[:, :-1][wanted])
-    return F.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")

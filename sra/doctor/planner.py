@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sra.chunks import FEW
 from sra.chunks import ROWS as CHUNK
 from sra.doctor.workload import Shape, Work, count_parameters, trace
 from sra.main_memory import available_bytes
@@ -270,8 +271,8 @@ def _heaviest(works: Iterable[Work]) -> list[Shape]:
 class Heads:
     """Bytes and work of the cross-entropy and of the span terms.
 
-    forward, backward: bytes that the span terms need in the forward, and that both need in the
-        backward; cross-entropy, formed last, needs most there.
+    forward, backward: bytes that they need at most in the forward, where gradients are formed, and
+        in the backward, where these wait to be put in place.
     """
 
     def __init__(
@@ -290,11 +291,18 @@ class Heads:
         gemms: Counter[Shape] = Counter()
         self.forward = self.backward = moved = 0.0
         self.exponentials = 2.0 * labels * rows
-        if not together:
+        alone = 0.0  # of cross-entropy, which is formed last, in the forward
+        if not together and labels <= FEW:
             # log_softmax is kept; in the backward, the gradients of it and of the logits join it.
-            logits = 4.0 * labels * rows
-            self.backward = 3 * logits + gradient
-            moved = 10 * logits
+            self.backward = 12.0 * labels * rows + gradient
+            moved = 40.0 * labels * rows
+        elif not together:
+            # Of a chunk, the logits as they are multiplied and in float32, their log_softmax and
+            # gradients. And the head's gradient, with that of the chunk.
+            alone = 20.0 * CHUNK * rows + 2 * gradient
+            self.backward = 4.0 * (rows + labels) * width + gradient
+            moved = 40.0 * labels * rows + 3 * gradient
+        if not together:
             gemms += Counter([(labels, rows, width), (labels, width, rows), (rows, width, labels)])
         if theirs is not None and objective.logit and spans:
             our_rows, their_rows, places = rows, theirs.vocab_size, spans
@@ -316,12 +324,14 @@ class Heads:
             # Its gradients are made in the forward and wait; in the backward they are put in place.
             waiting = 4.0 * (our_rows + places) * width
             self.backward += waiting + gradient
+            alone += waiting
             gemms[places, our_rows, width] += 1
             gemms[spans, their_rows, theirs.hidden_size] += 1
             gemms[places, width, our_rows] += 1
             gemms[our_rows, width, places] += 1
             moved += 4.0 * (3 * places * our_rows + spans * their_rows) + 3 * gradient
             self.exponentials += 2.0 * (places * our_rows + spans * their_rows)
+        self.forward = max(self.forward, alone)
         self.work = Work(gemms, moved, 60)
 
     @staticmethod
