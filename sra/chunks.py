@@ -14,7 +14,7 @@ from sra.data import IGNORED
 from sra.model import Head
 
 ROWS = 256  # whose logits are held at once: 256 * 150,000 fp32 is 154 MB
-FEW = 1024  # labels whose logits need no more than the second gradient of a head that chunks need
+FEW = 1024  # labels: up to so many, chunks save less than the head's second gradient, theirs, takes
 
 
 def sum_by_chunks(

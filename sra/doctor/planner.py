@@ -292,18 +292,18 @@ class Heads:
         self.forward = self.backward = moved = 0.0
         self.exponentials = 2.0 * labels * rows
         alone = 0.0  # of cross-entropy, which is formed last, in the forward
-        if not together and labels <= FEW:
-            # log_softmax is kept; in the backward, the gradients of it and of the logits join it.
-            self.backward = 12.0 * labels * rows + gradient
-            moved = 40.0 * labels * rows
-        elif not together:
-            # Of a chunk, the logits as they are multiplied and in float32, their log_softmax and
-            # gradients. And the head's gradient, with that of the chunk.
-            alone = 20.0 * CHUNK * rows + 2 * gradient
-            self.backward = 4.0 * (rows + labels) * width + gradient
-            moved = 40.0 * labels * rows + 3 * gradient
         if not together:
+            moved = 40.0 * labels * rows
             gemms += Counter([(labels, rows, width), (labels, width, rows), (rows, width, labels)])
+            if labels <= FEW:
+                # log_softmax is kept; in the backward, the gradients of it and of the logits join.
+                self.backward = 12.0 * labels * rows + gradient
+            else:
+                # Of a chunk, the logits as they are multiplied and in float32, their log_softmax
+                # and gradients. And the head's gradient, with that of the chunk.
+                alone = 20.0 * CHUNK * rows + 2 * gradient
+                self.backward = 4.0 * (rows + labels) * width + gradient
+                moved += 3 * gradient
         if theirs is not None and objective.logit and spans:
             our_rows, their_rows, places = rows, theirs.vocab_size, spans
             if objective.outside == "respell":

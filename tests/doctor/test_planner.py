@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sra.doctor.planner import Machine, available_memory, measure, predict
+from sra.chunks import FEW
+from sra.doctor.planner import Heads, Machine, available_memory, measure, predict
 from sra.doctor.workload import count_parameters, shrunk, trace
 from sra.objective import recipe
 from tests import tiny
@@ -108,6 +109,18 @@ def test_memory_and_time_grow_with_the_batch_and_the_depth():
     assert deep.seconds["student forward"] == pytest.approx(
         2 * small.seconds["student forward"], rel=0.1
     )
+
+
+def test_logits_of_many_labels_are_never_held_whole():
+    def heads(labels):
+        return Heads(recipe("cross-entropy"), wide(), None, labels, 0, None, torch.float32)
+
+    few, more, many = (heads(labels) for labels in (FEW // 2, FEW, 8 * FEW))
+    assert more.backward - few.backward == 3 * 4 * FEW // 2 * 512
+    assert few.forward == more.forward == 0  # what needs most is in the backward
+    assert many.forward < 2 * few.backward
+    assert many.backward == 4 * (8 * FEW + 2 * 512) * 128  # states' gradients, and twice the head's
+    assert many.work.flops() == 8 * more.work.flops()
 
 
 def test_bfloat16_keeps_smaller_activations():
