@@ -111,6 +111,20 @@ def test_characters_that_a_border_divides(run_with_models):
     assert pieces[0][1] == len(ids) - 2  # the piece that completes it
 
 
+def test_text_that_no_span_holds(run_with_models):
+    """Before the spans, between them and behind them; a prompt and the end are left out."""
+    tokenizer = tiny.student_tokenizer()
+    ids = tokenizer("abcdefg", add_special_tokens=False).input_ids
+    assert len(ids) > 5
+    learnt = [False] + [True] * len(ids)
+    row = ComparedRow(
+        [*ids, tokenizer.eos_token_id], learnt, [(2, 3), (4, 5)], [1.0, 2.0], ids[:2], ids[:2]
+    )
+    pieces = sample(0, {"text": "abcdefg"}, row, tokenizer).pieces
+    assert "".join(piece[0] for piece in pieces) == tokenizer.decode(ids[1:])
+    assert [piece[1] for piece in pieces] == [None, 1.0, None, 2.0, None]
+
+
 def test_the_newest_checkpoint_stands_in_for_the_student(run_with_models, tmp_path):
     assert trained_student(run_with_models) == run_with_models / "student"
     for step in (5, 30, 200):
