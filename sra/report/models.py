@@ -185,9 +185,9 @@ def sample(number: int, row: Mapping[str, Any], spans: ComparedRow, tokenizer: A
     if len(spans.spans) > MAX_SPANS:
         pieces.append((f" … {len(spans.spans) - MAX_SPANS:,} more spans", None, None, None))
     else:
-        learnt = [i for i in range(at, len(spans.ids)) if spans.labelled[i]]
-        while learnt and spans.ids[learnt[-1]] in tokenizer.all_special_ids:
-            learnt.pop()  # the end of the answer is no text
+        special = set(tokenizer.all_special_ids)  # the end of an answer is no text
+        behind = range(at, len(spans.ids))
+        learnt = [i for i in behind if spans.labelled[i] and spans.ids[i] not in special]
         if learnt:
             pieces.append((text(at, learnt[-1] + 1), None, None, None))
     return SampleSpans(
