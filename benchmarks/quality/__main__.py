@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if bench is None or bench.setting.name != setting:
                 bench = Bench(SETTINGS[setting], args.folder)
             run = bench.run(variant, regime, split, **options)
-        append(csv, run)
+        if case in missing():  # not made meanwhile by another command: a seed counts once
+            append(csv, run)
         print(
             f"{(time.perf_counter() - began) / 60:5.1f} min  {setting}, {regime.name}, {variant}, "
             f"{split}, rate {rate:g}, alpha {alpha:g}, seed {seed}: {run.bits_per_byte:.4f} bits "

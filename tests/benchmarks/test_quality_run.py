@@ -20,7 +20,7 @@ from benchmarks.quality.settings import (
     Regime,
     Setting,
 )
-from benchmarks.quality.table import read
+from benchmarks.quality.table import append, read
 from sra.progress import peak_gib
 from tests import tiny
 
@@ -172,6 +172,22 @@ def test_a_run_that_diverges_is_kept_as_one_that_did(setting, tmp_path):
     bench = run.Bench(setting, tmp_path / "runs")
     made = bench.run("cross-entropy", REGIME, "dev", rate=1e30, alpha=0.5, seed=1)
     assert math.isnan(made.bits_per_byte)
+
+
+def test_two_commands_at_once_write_a_run_once(setting, tmp_path, monkeypatch):
+    file = tmp_path / "quality.csv"
+
+    class Beside(run.Bench):
+        def run(self, *what, **options):
+            found = super().run(*what, **options)
+            append(file, found)  # the other command was faster
+            return found
+
+    monkeypatch.setattr(sweep, "SETTINGS", {"tiny": setting})
+    monkeypatch.setattr(sweep, "REGIMES", {"fresh": REGIME})
+    monkeypatch.setattr(sweep, "Bench", Beside)
+    sweep.main(["--csv", str(file), "--folder", str(tmp_path), "--settings", "tiny", "--variants"])
+    assert [one.variant for one in read(file)] == [*BOUNDS]
 
 
 def test_a_stopped_sweep_goes_on(setting, tmp_path, monkeypatch, capsys):
